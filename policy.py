@@ -1,0 +1,389 @@
+"""The Markov decision process: states, costs, scorer, rewards, price; and the policy file.
+
+For every token, before every block i, an agent picks the block's state s_i, which is also its cost in units of 4 bits
+a weight: 0 skip, 1 INT4, 2 INT8, 4 as loaded. The first block always runs in state 4, the last is never skipped.
+Equation numbers are those of DASH (arXiv 2505.17420):
+
+    (3-5)   minimise E[cost] subject to a bound on the distance of the outputs; here by its Lagrangian: a price mu
+    (8-10)  q(s' | h, i, s) = MLP([h; E(i); E(i+1); e(s); e(s')]) - lam |s' - s| / 4        `Scorer`
+    (11)    in training  s' ~ softmax((q - mu cost) / tau), tau decaying                    `sample`, `temperature`
+    (12)    R_i = w_i R_acc + beta R_eff(i)                                                 `rewards`
+    (13)    R_acc = log p_routed - log p_full of the same token, or +1 / -1                 `accuracy_reward`
+    (14)    w_i = sigmoid((S_total - S_1..i) / S_max)                                       `block_weights`
+    (15)    R_eff(i) = 1 - s_i / 4                                                          `efficiency_reward`
+    (16)    PG = -mean[(G_i - b) log pi(s_i)],  G_i = sum_{j>=i} R_j                        `returns`, `policy_gradient`
+    (17)    loss = CE + alpha PG                                                            `total_loss`
+    (18)    at inference  s' = argmax q - mu cost                                           `Policy.decide`
+    (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs             `plan`
+
+Everything in q but h takes few values. So E(i), E(i+1) act as a gain and a shift of the first hidden layer, looked up
+by block, and e(s), e(s') as a bias of the output, looked up by block and state: d -> 128 -> 128 -> 4 states in one go.
+The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+STATES = torch.tensor([0, 1, 2, 4])  # index -> state
+INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Costs
+
+
+def bit_costs(config):
+    """Cost of the four states in units of 4 bits a weight: a skip still fills keys and values in INT4.
+
+    Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (model.Config).
+    """
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    block = config.n_embd * (2 * q + 2 * kv + 3 * config.n_hidden)
+    return torch.tensor([2 * kv * config.n_embd / block, 1.0, 2.0, 4.0])
+
+
+def mean_cost(states, costs):
+    """states (L, ...) in 0, 1, 2, 4 -> mean cost of a block, a float."""
+    share = torch.bincount(INDEX[states.long().cpu()].flatten(), minlength=4) / states.numel()
+    return float((share * costs.cpu()).sum())
+
+
+def speedup_bits(states, costs):
+    """4 L N / (sum of costs) over all N tokens: states (L, ...) -> a float."""
+    return 4 / mean_cost(states, costs)
+
+
+def speedup_range(n_layer, costs):
+    """The speedups in bits that a policy can reach: all blocks in state 4, to all but first and last skipped."""
+    return 1.0, 4 * n_layer / float(4 + (n_layer - 2) * costs[0] + costs[1])
+
+
+def state_shares(states):
+    """states of any shape -> {"0": share, "1": ..., "2": ..., "4": ...}."""
+    counts = torch.bincount(INDEX[states.long().cpu()].flatten(), minlength=4).tolist()
+    return {str(int(s)): n / states.numel() for s, n in zip(STATES, counts)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scorer, Eq 8-10
+
+
+class Scorer(nn.Module):
+    """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
+
+    Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped to +-`clamp`,
+    and two features of the position t, [t = 0] and 1 / (1 + t).
+    """
+
+    WIDTH, CLAMP = 128, 5.0
+
+    def __init__(self, n_layer, n_embd, lam=0.0):
+        super().__init__()
+        self.lam = lam
+        self.register_buffer("mean", torch.zeros(n_embd))
+        self.register_buffer("std", torch.ones(n_embd))
+        self.first = nn.Linear(n_embd + 2, self.WIDTH)
+        self.gain = nn.Parameter(torch.ones(n_layer, self.WIDTH))
+        self.shift = nn.Parameter(torch.zeros(n_layer, self.WIDTH))
+        self.second = nn.Linear(self.WIDTH, self.WIDTH)
+        self.third = nn.Linear(self.WIDTH, 4, bias=False)
+        self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s'
+        self.register_buffer("smooth", (STATES[:, None] - STATES).abs() / 4, persistent=False)
+        nn.init.zeros_(self.third.weight)
+
+    def features(self, h, start):
+        """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32."""
+        x = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
+        x = ((x - self.mean) / self.std).clamp(-self.CLAMP, self.CLAMP)
+        t = torch.arange(start, start + h.shape[1], device=h.device)
+        position = torch.stack([(t == 0).float(), 1 / (1 + t.float())], dim=-1)
+        return torch.cat([x, position.expand(len(h), -1, -1)], dim=-1)
+
+    def forward(self, features, blocks):
+        """features (B, T, d + 2), blocks: g 0-based block numbers -> q (B, T, g, 4, 4), the last two s and s'."""
+        u = self.first(features)[..., None, :]
+        u = F.silu(u * self.gain[blocks] + self.shift[blocks])
+        q = self.third(F.silu(self.second(u)))[..., None, :] + self.bias[blocks]
+        return q - self.lam * self.smooth
+
+
+def plan(i, n_layer, horizon):
+    """The blocks (0-based) that are decided from the input of block i (0-based), an empty range for most i.
+
+    horizon 1 is the paper (Eq 19-20): block i + 1 from the input of block i. A horizon g < L plans blocks i+1..i+g at
+    every g-th block. A horizon of L (or more) plans once, from the output of the first block, all blocks after it.
+    """
+    if horizon >= n_layer:
+        return range(1, n_layer) if i == 1 else range(0)
+    return range(i + 1, min(i + 1 + horizon, n_layer)) if i % horizon == 0 else range(0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Policies: what `LLM.forward` takes
+
+
+class Fixed:
+    """States given beforehand: (L,) the same for every token, or (L, B, T) as recorded from an earlier call.
+
+    Any object with these three members is a policy: `states`, which the model sets to a fresh (L, B, T) uint8 tensor
+    of 4s at every call; `scale`, a_i per block; and `decide(i, x, start)`, called before block i with its input
+    x (B, T, C), whose first token has position `start`: it writes into `states` for block i or any later one.
+    """
+
+    def __init__(self, states, scale=None):
+        self.given = torch.as_tensor(states, dtype=torch.uint8)
+        self.scale = [1.0] * len(self.given) if scale is None else scale
+        self.states = None
+
+    def decide(self, i, x, start):
+        given = self.given[i].to(x.device)
+        self.states[i] = given[:, start : start + x.shape[1]] if given.dim() else given
+
+
+def random_states(shape, cost, costs, generator):
+    """Every (block, token) at random between the two executed states around a mean cost: the baseline "at equal cost".
+
+    shape (L, B, T); first block state 4. A cost below that of INT4 mixes skips with INT4. Returns (L, B, T) uint8.
+    """
+    L = shape[0]
+    rest = (cost * L - 4) / (L - 1)
+    values = costs.tolist()
+    below = max(k for k in range(3) if k == 0 or values[k] <= rest)
+    share = (rest - values[below]) / (values[below + 1] - values[below])
+    pick = below + (torch.rand(shape, generator=generator) < share).long()
+    pick[-1].clamp_(min=1)
+    pick[0] = 3
+    return STATES[pick].to(torch.uint8)
+
+
+class Policy:
+    """A trained scorer with all that is needed to use it.
+
+    scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup;
+    fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
+    mu: the price in use, a float or a (B,) tensor with one price a sequence; tau: None, or the temperature of sampling.
+    """
+
+    def __init__(self, scorer, scale, costs, fingerprint, prices=(), horizon=1, settings=None):
+        self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
+        self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
+        self.mu, self.tau, self.generator, self.states = 0.0, None, None, None
+
+    def at(self, speedup):
+        """Use the price for this speedup in bits and return self. ValueError when no price was calibrated for it."""
+        targets = [s for s, _ in self.prices]
+        if not targets or not targets[0] <= speedup <= targets[-1]:
+            reach = f"{targets[0]:g} to {targets[-1]:g}" if targets else "nothing"
+            raise ValueError(f"speedup {speedup:g} is out of reach: this policy was calibrated for {reach}")
+        high = max(1, next(n for n, s in enumerate(targets) if s >= speedup))
+        (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
+        self.mu = mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
+        return self
+
+    def to(self, device):
+        self.scorer.to(device)
+        return self
+
+    def check(self, model):
+        """ValueError unless the policy was trained for this model."""
+        if model.fingerprint() != self.fingerprint:
+            trained = self.settings.get("model", "another model")
+            raise ValueError(f"this policy was trained for {trained} ({self.fingerprint}), not for {model.name} "
+                             f"({model.fingerprint()}); train one with python train.py --model {model.name}")
+
+    @torch.no_grad()
+    def decide(self, i, x, start):
+        blocks = plan(i, len(self.scale), self.horizon)
+        if not blocks:
+            return
+        table = self.scorer(self.scorer.features(x, start), list(blocks))
+        self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, blocks, self.states[blocks[0] - 1])
+
+    def choose(self, table, blocks, before):
+        """Walk through consecutive blocks, each choice the next one's s (Eq 18; Eq 11 if tau is set).
+
+        table (B, T, g, 4, 4): q of each block, s and s'; before (B, T): states of the block before. -> (g, B, T) uint8.
+        """
+        s, chosen = INDEX.to(table.device)[before.long()], []
+        for n, j in enumerate(blocks):
+            q = self.priced(table[:, :, n].gather(2, s[..., None, None].expand(-1, -1, 1, 4))[:, :, 0], j)
+            s = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)
+            chosen.append(s)
+        return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
+
+    def priced(self, q, block):
+        """q (B, T, 4) -> q - mu cost, with a skip ruled out in the last block."""
+        mu = torch.as_tensor(self.mu, dtype=torch.float32, device=q.device).view(-1, 1, 1)
+        q = q - mu * self.costs.to(q.device)
+        if block == len(self.scale) - 1:
+            q[..., 0] = -math.inf
+        return q
+
+    def save(self, path):
+        """Write the policy whole or not at all, as safetensors. OSError names the path."""
+        from safetensors.torch import save
+
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.scorer.state_dict().items()}
+        meta = {"scale": self.scale, "costs": self.costs.tolist(), "prices": self.prices, "horizon": self.horizon,
+                "lam": self.scorer.lam, "fingerprint": self.fingerprint, "settings": self.settings}
+        write_whole(path, save(tensors, metadata={"dash": json.dumps(meta)}))  # one key: its order is fixed
+
+    @classmethod
+    def load(cls, path):
+        """Read a policy file. FileNotFoundError or ValueError names the path and the remedy."""
+        tensors, meta = read_safetensors(path)
+        try:
+            L, width = len(meta["scale"]), tensors["mean"].shape[0]
+            scorer = Scorer(L, width, float(meta["lam"]))
+            scorer.load_state_dict(tensors)
+            policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]), meta["fingerprint"],
+                         [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
+            numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
+            if len(policy.costs) != 4 or policy.horizon < 1 or not all(map(math.isfinite, numbers)):
+                raise ValueError("values out of range")
+            if sorted(s for s, _ in policy.prices) != [s for s, _ in policy.prices]:
+                raise ValueError("prices out of order")
+            if not all(t.isfinite().all() for t in tensors.values()):
+                raise ValueError("a tensor has values that are not finite")
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{path} is not a policy that we can use ({reason}); train one with python train.py") from None
+        return policy
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards and losses, Eq 11-17
+
+
+def temperature(step, steps, tau0=1.0, tau_min=0.1):
+    """tau at a step of training, decaying geometrically from tau0 to tau_min (Eq 11)."""
+    return tau0 * (tau_min / tau0) ** (step / max(1, steps - 1))
+
+
+def sample(q, tau, generator=None):
+    """s' ~ softmax(q / tau) (Eq 11): q (..., 4) -> indices (...), int64. Gumbel's trick, on the generator's device."""
+    u = torch.rand(q.shape, generator=generator, device=generator.device if generator else q.device).to(q.device)
+    return (q / tau - (-u.clamp(min=1e-20).log()).log()).argmax(-1)
+
+
+def accuracy_reward(logp_routed, logp_full):
+    """R_acc of Eq 13 for text: log p_routed - log p_full of the same target; shapes equal, nats."""
+    return logp_routed - logp_full
+
+
+def answer_reward(right):
+    """R_acc of Eq 13 for classification: bool tensor -> +1.0 or -1.0."""
+    return right.float() * 2 - 1
+
+
+def efficiency_reward(states):
+    """R_eff(i) = 1 - s_i / 4 (Eq 15), any shape."""
+    return 1 - states.float() / 4
+
+
+def block_weights(states):
+    """w_i = sigmoid((S_total - S_1..i) / S_max) (Eq 14): states (L, ...) -> (L, ...).
+
+    S_1..i is what the path has cost up to block i, S_total its whole cost, S_max = 4 L the cost of the full model.
+    """
+    spent = states.float().cumsum(0)
+    return torch.sigmoid((spent[-1:] - spent) / (4 * len(states)))
+
+
+def rewards(states, r_acc, beta):
+    """R_i = w_i R_acc + beta R_eff(i) (Eq 12): states (L, ...), r_acc (...) -> (L, ...)."""
+    return block_weights(states) * r_acc + beta * efficiency_reward(states)
+
+
+def returns(R):
+    """G_i = sum_{j >= i} R_j (Eq 16): (L, ...) -> (L, ...)."""
+    return R.flip(0).cumsum(0).flip(0)
+
+
+def policy_gradient(logp, G, baseline):
+    """PG = -mean[(G_i - b) log pi(s_i)] (Eq 16), to be minimised. Shapes equal; no gradient flows through G or b."""
+    return -((G - baseline).detach() * logp).mean()
+
+
+def total_loss(ce, pg, alpha):
+    """loss = CE + alpha PG (Eq 17). With the base model frozen CE is a constant and only PG teaches the scorer."""
+    return ce + alpha * pg
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files and the command line
+
+
+def write_whole(path, data):
+    """Write bytes to a file so that it is there whole or not at all, even through a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_safetensors(path):
+    """A safetensors file that we wrote -> (tensors, the JSON under its "dash" key). Errors name the path."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with python train.py")
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
+    except (SafetensorError, KeyError, ValueError, OSError) as e:
+        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line, not the usage text."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def command_line(main):
+    """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(fail(" ".join(str(e).split())))
+    except KeyboardInterrupt:
+        fail("interrupted; what was finished is kept")
+        sys.exit(130)
+
+
+def fail(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return 2
+
+
+def pick_device(name):
+    """ "auto", "cpu", "cuda", ... -> torch.device. ValueError when there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+    return device

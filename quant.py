@@ -1,0 +1,200 @@
+"""INT8 and INT4 weights: rounding, fake quantisation for training, real kernels for inference.
+
+A block of the model can run in one of three precisions (the MDP's states, see policy.py):
+
+    state 4   the weight as it is (fp32, bf16 or fp16)
+    state 2   INT8, one scale per output channel, symmetric:     W ~ codes * scale,             codes in -127..127
+    state 1   INT4, groups of 64 inputs, asymmetric:             W ~ (codes - 8) * scale + zero, codes in 0..15
+
+Three things are kept apart on purpose:
+
+    rounding   `quantize_int8`, `quantize_int4`: a weight becomes codes, scales and zeros. Scales and zeros are
+               rounded to bf16 *before* the codes are chosen, so that the same codes mean the same weights to the
+               fake path (any dtype) and to the kernels (which want scales in the activations' type, bf16).
+    fake       `fake_quantize`: the dequantised weight, with a straight-through gradient; a plain matrix product.
+    real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
+               is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; every other case takes the path
+               named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
+
+Sources: straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432); the (codes - 8) * scale + zero form is
+that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices that are ours").
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GROUP = 64  # inputs that share one INT4 scale and zero
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rounding: weights to codes
+
+
+def _bf16(t):
+    return t.bfloat16().float()
+
+
+def quantize_int8(weight):
+    """Round to nearest, per output channel, symmetric.
+
+    weight (N, K) float -> codes (N, K) int8 in -127..127, scale (N,) fp32 holding bf16 values.
+    """
+    w = weight.detach().float()
+    scale = _bf16(w.abs().amax(dim=1) / 127).clamp(min=1e-20)
+    codes = (w / scale[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def dequantize_int8(codes, scale):
+    """codes (N, K) int8, scale (N,) -> (N, K) fp32."""
+    return codes.float() * scale[:, None].float()
+
+
+def quantize_int4(weight, group=GROUP):
+    """Round to nearest, min-max, asymmetric, per group of `group` inputs. A last group may be narrower.
+
+    weight (N, K) float -> codes (N, K) uint8 in 0..15, scale and zero (N, ceil(K / group)) fp32 holding bf16 values.
+    """
+    w = weight.detach().float()
+    N, K = w.shape
+    pad = -K % group
+    if pad:  # repeating a column leaves the minimum and maximum of its group alone
+        w = torch.cat([w, w[:, -1:].expand(N, pad)], dim=1)
+    w = w.view(N, -1, group)
+    low, high = w.amin(-1), w.amax(-1)
+    scale = _bf16((high - low) / 15).clamp(min=1e-20)
+    zero = _bf16(low + 8 * scale)
+    codes = ((w - zero[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
+    return codes.view(N, -1)[:, :K].to(torch.uint8), scale, zero
+
+
+def dequantize_int4(codes, scale, zero, group=GROUP):
+    """codes (N, K) uint8, scale and zero (N, ceil(K / group)) -> (N, K) fp32."""
+    K = codes.shape[1]
+    scale = scale.float().repeat_interleave(group, dim=1)[:, :K]
+    zero = zero.float().repeat_interleave(group, dim=1)[:, :K]
+    return (codes.float() - 8) * scale + zero
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fake quantisation
+
+
+def fake_quantize(weight, state):
+    """The weight as state 1 (INT4) or 2 (INT8) would have it, in its own dtype; 4 gives it back unchanged.
+
+    weight (N, K) float -> (N, K). The gradient passes straight through the rounding.
+    """
+    if state == 4:
+        return weight
+    rounded = dequantize_int8(*quantize_int8(weight)) if state == 2 else dequantize_int4(*quantize_int4(weight))
+    return weight + (rounded.to(weight.dtype) - weight).detach()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Real kernels
+
+
+class Int8Weight(nn.Module):
+    """INT8 codes and their product: x (..., K) -> x W^T (..., N) in x's dtype.
+
+    kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so
+    such a width takes "reference", as does any other dtype or device.
+    """
+
+    def __init__(self, codes, scale, dtype):
+        super().__init__()
+        K = codes.shape[1]
+        on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
+        self.kernel = "int8pack" if on_cpu and K % 16 == 0 else "reference"
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.to(dtype))
+
+    def forward(self, x):
+        if self.kernel == "reference":
+            return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.codes, self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int4Weight(nn.Module):
+    """INT4 codes, two to a byte, and their product: x (..., K) -> x W^T (..., N) in x's dtype.
+
+    kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. Any
+    other shape, dtype or device takes "reference".
+    """
+
+    def __init__(self, codes, scale, zero, dtype):
+        super().__init__()
+        N, K = codes.shape
+        on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
+        self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
+        if self.kernel == "int4pack":
+            self.register_buffer("codes", torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1))
+            self.register_buffer("scale_zero", torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous())
+        else:
+            even = F.pad(codes, (0, K % 2))
+            self.register_buffer("codes", even[:, ::2] | even[:, 1::2] << 4)
+            self.register_buffer("scale", scale.to(dtype))
+            self.register_buffer("zero", zero.to(dtype))
+            self.width = K
+
+    def forward(self, x):
+        if self.kernel == "reference":
+            codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)[:, : self.width]
+            return F.linear(x, dequantize_int4(codes, self.scale, self.zero).to(x.dtype))
+        y = torch._weight_int4pack_mm_for_cpu(x.reshape(-1, x.shape[-1]), self.codes, GROUP, self.scale_zero)
+        return y.view(*x.shape[:-1], -1)
+
+
+class FakeWeight(nn.Module):
+    """A dequantised weight (N, K): x (..., K) -> x W^T (..., N). Fastest for many tokens at once, largest in memory."""
+
+    kernel = "fake"
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer that holds its weight in up to three precisions; `state` picks one at every call.
+
+    weight (N, K), bias (N,) or None; x (..., K) -> (..., N). Before states 1 and 2 can be used, call `quantize`.
+    """
+
+    def __init__(self, K, N, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(N, K))
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+        self.low = nn.ModuleDict()  # "1": INT4, "2": INT8, "fill": the INT4 rows that a skipped block still runs
+
+    def forward(self, x, state=4):
+        if state == 4:
+            return F.linear(x, self.weight, self.bias)
+        y = self.low[str(state)](x)
+        return y if self.bias is None else y + self.bias
+
+    def fill(self, x):
+        """Only the rows from `fill_from` on, in INT4: keys and values for a token that skips the block."""
+        y = self.low["fill"](x)
+        return y if self.bias is None else y + self.bias[-y.shape[-1]:]
+
+    @torch.no_grad()
+    def quantize(self, real, fill_from=None):
+        """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights."""
+        dtype = self.weight.dtype
+        int4, int8 = quantize_int4(self.weight), quantize_int8(self.weight)
+        if real:
+            self.low["1"], self.low["2"] = Int4Weight(*int4, dtype), Int8Weight(*int8, dtype)
+            if fill_from is not None:
+                self.low["fill"] = Int4Weight(*(t[fill_from:] for t in int4), dtype)
+        else:
+            dense = dequantize_int4(*int4).to(dtype)
+            self.low["1"], self.low["2"] = FakeWeight(dense), FakeWeight(dequantize_int8(*int8).to(dtype))
+            if fill_from is not None:
+                self.low["fill"] = FakeWeight(dense[fill_from:])

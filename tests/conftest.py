@@ -1,0 +1,88 @@
+"""Shared models: the real one, fetched once, and tiny random ones in Hugging Face layout for everything that need not be real."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+from model import load  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder of evaluation data, where there is one: set DASH_DATA_DIR to it."""
+    folder = os.environ.get("DASH_DATA_DIR")
+    if not folder:
+        pytest.skip("DASH_DATA_DIR is not set: give a folder with wikitext2/test.txt to run this")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    model, tokenizer = load("smollm2")
+    model.quantize()
+    return model, tokenizer
+
+
+def tiny_tokenizer(folder, vocab_size=300):
+    """A byte-level BPE trained on a little text, as tokenizer.json with a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False,
+                                  special_tokens=[AddedToken("<|end|>", special=True)])
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat in 2024"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}assistant:"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": template}))
+
+
+def tiny_folder(folder, kind="llama", layers=4, shards=False, **change):
+    """A tiny random model made by transformers: the reference for parity, and fast enough for command-line tests."""
+    import transformers
+
+    config = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15)
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    config = getattr(transformers, name + "Config")(**(config | change))
+    torch.manual_seed(0)
+    model = getattr(transformers, name + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():  # biases and norms are born 0 and 1: make them matter
+            if p.dim() == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
+    tiny_tokenizer(Path(folder))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def some_text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(f"the cat number {n} sat on the mat and the dog ate hat {n * n}." for n in range(400)))
+    return file
+
+
+def script(name, *args, env=None, cwd=None, timeout=300):
+    """Run train.py, infer.py or bench.py as a person would; returns the finished process with text output."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True,
+                          timeout=timeout, env={**os.environ, **(env or {})}, cwd=cwd)

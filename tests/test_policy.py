@@ -1,0 +1,181 @@
+"""Every equation against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+import policy as P
+from model import Config
+from policy import STATES, Fixed, Policy, Scorer
+
+COSTS = torch.tensor([0.0625, 1.0, 2.0, 4.0])
+SMOLLM2 = Config(30, 9, 3, 576, 64, 1536, 49152, 8192, 1e5, 1e-5, True)
+LLAMA2 = Config(32, 32, 32, 4096, 128, 11008, 32000, 4096, 1e4, 1e-5, False)
+
+
+def test_a_filled_skip_costs_the_share_of_keys_and_values():
+    assert P.bit_costs(SMOLLM2).tolist() == [0.0625, 1, 2, 4]
+    assert P.bit_costs(LLAMA2)[0].item() == pytest.approx(2 * 4096**2 / (4 * 4096**2 + 3 * 4096 * 11008)) == pytest.approx(0.166, abs=1e-3)
+
+
+def test_speedup_in_bits_counts_every_token():
+    states = torch.tensor([[4, 4], [0, 2], [1, 1]])  # 3 blocks, 2 tokens
+    assert P.mean_cost(states, COSTS) == pytest.approx((4 + 4 + 0.0625 + 2 + 1 + 1) / 6)
+    assert P.speedup_bits(states, COSTS) == pytest.approx(4 * 3 * 2 / 12.0625)
+    assert P.state_shares(states) == {"0": 1 / 6, "1": 1 / 3, "2": 1 / 6, "4": 1 / 3}
+    assert P.speedup_bits(torch.tensor([4] + [1] * 29), COSTS) == pytest.approx(120 / 33)  # the paper's INT4, 3.64x
+    assert P.speedup_range(30, COSTS)[1] == pytest.approx(120 / (4 + 28 * 0.0625 + 1))
+
+
+def test_scorer_eq_8_by_hand():
+    scorer = Scorer(3, 2, lam=0.4)
+    h = torch.tensor([[[3.0, 4.0], [3.0, 4.0]]])  # root mean square 3.5355
+    x = scorer.features(h, 0)
+    assert torch.allclose(x, torch.tensor([[[0.848528, 1.131371, 1.0, 1.0], [0.848528, 1.131371, 0.0, 0.5]]]), atol=1e-5)
+    assert torch.allclose(scorer.features(h * 1000, 0), x)  # a_i of Eq 19 cancels
+    with torch.no_grad():  # one live unit in each layer
+        for p in scorer.parameters():
+            p.zero_()
+        scorer.first.weight[0] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        scorer.gain[1, 0], scorer.shift[1, 0] = 2.0, -1.0
+        scorer.second.weight[0, 0], scorer.second.bias[0] = 0.5, 0.25
+        scorer.third.weight[:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        scorer.bias[1, 3] = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    silu = lambda v: v / (1 + math.exp(-v))
+    v = silu(0.5 * silu(2 * 1.979899 - 1) + 0.25)
+    q = scorer(x, [1])[0, 0, 0, 3]  # block 2 (1-based), s = 4
+    expected = [k * v + b - 0.4 * abs(s - 4) / 4 for k, b, s in zip((1, 2, 3, 4), (0, 0.1, 0.2, 0.3), (0, 1, 2, 4))]
+    assert q.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_smoothness_is_the_distance_of_states():
+    scorer = Scorer(2, 4, lam=1.0)
+    table = scorer(scorer.features(torch.randn(1, 1, 4), 0), [1])[0, 0, 0]
+    assert torch.allclose(table, -torch.tensor([[0, .25, .5, 1], [.25, 0, .25, .75], [.5, .25, 0, .5], [1, .75, .5, 0]]))
+
+
+def test_plan():
+    assert [list(P.plan(i, 4, 1)) for i in range(4)] == [[1], [2], [3], []]  # the paper: block i + 1 from the input of block i
+    assert [list(P.plan(i, 6, 2)) for i in range(6)] == [[1, 2], [], [3, 4], [], [5], []]
+    assert [list(P.plan(i, 4, 4)) for i in range(4)] == [[], [1, 2, 3], [], []]  # once, from h_1, block 2 included
+    for L in (2, 3, 7, 30):
+        for g in range(1, L + 2):
+            assert [j for i in range(L) for j in P.plan(i, L, g)] == list(range(1, L))
+
+
+def test_sampling_eq_11():
+    q = torch.tensor([0.0, 1.0, 2.0, -math.inf]).expand(40000, 4)
+    share = torch.bincount(P.sample(q, 2.0, torch.Generator().manual_seed(0)), minlength=4) / 40000
+    assert torch.allclose(share, torch.tensor([0.1863, 0.3072, 0.5065, 0.0]), atol=0.01)
+    assert P.temperature(0, 11) == 1.0 and P.temperature(10, 11) == pytest.approx(0.1) and P.temperature(5, 11) == pytest.approx(0.1**0.5)
+
+
+def test_rewards_eq_12_to_15():
+    assert P.accuracy_reward(torch.tensor(-2.0), torch.tensor(-1.5)).item() == -0.5
+    assert P.answer_reward(torch.tensor([True, False])).tolist() == [1.0, -1.0]
+    assert P.efficiency_reward(STATES).tolist() == [1.0, 0.75, 0.5, 0.0]
+    states = torch.tensor([4, 0, 2])  # S_total 6, spent 4, 4, 6, S_max 12
+    sigmoid = lambda v: 1 / (1 + math.exp(-v))
+    w = [sigmoid(2 / 12), sigmoid(2 / 12), 0.5]
+    assert P.block_weights(states).tolist() == pytest.approx(w)
+    R = P.rewards(states, torch.tensor(-0.5), beta=0.2)
+    assert R.tolist() == pytest.approx([-0.5 * w[0], -0.5 * w[1] + 0.2, -0.25 + 0.1])
+
+
+def test_policy_gradient_eq_16_17():
+    assert P.returns(torch.tensor([1.0, 2.0, 4.0])).tolist() == [7.0, 6.0, 4.0]
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    G = torch.tensor([3.0, 5.0], requires_grad=True)
+    pg = P.policy_gradient(logp, G, 1.0)
+    assert pg.item() == 5.0  # -(2 * -1 + 4 * -2) / 2
+    loss = P.total_loss(0.5, pg, alpha=2.0)
+    loss.backward()
+    assert loss.item() == 10.5 and logp.grad.tolist() == [-2.0, -4.0] and G.grad is None
+
+
+def make_policy(L=4, width=8, **more):
+    torch.manual_seed(0)
+    scorer = Scorer(L, width, lam=0.1)
+    torch.nn.init.normal_(scorer.third.weight)
+    torch.nn.init.normal_(scorer.bias)
+    return Policy(scorer, [1.0, 1.1, 0.9, 1.0][:L], COSTS, "abc", [(1.2, -1.0), (2.0, 0.5), (4.0, 3.0)], **more)
+
+
+def test_greedy_choice_with_a_price_eq_18():
+    policy = make_policy()
+    table = torch.zeros(1, 1, 3, 4, 4)
+    table[..., 0, 3, :] = torch.tensor([0.0, 1.0, 1.9, 2.0])  # first block's s is 4
+    table[..., 1, :, :] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    table[..., 2, :, :] = torch.tensor([9.0, 1.0, 1.5, 0.0])
+    before = torch.full((1, 1), 4, dtype=torch.uint8)
+    policy.mu = 0.0
+    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [4, 0, 2]  # the last block is never skipped
+    policy.mu = 0.3
+    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [2, 0, 2]
+    policy.mu = torch.tensor([0.95])
+    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [1, 0, 1]
+
+
+def test_price_of_a_speedup():
+    policy = make_policy()
+    assert policy.at(2.0).mu == pytest.approx(0.5) and policy.at(3.0).mu == 1.75 and policy.at(1.2).mu == -1.0
+    for speedup in (1.0, 4.1, float("nan"), -1, 0):
+        with pytest.raises(ValueError, match="out of reach"):
+            policy.at(speedup)
+
+
+def test_first_block_is_full_and_last_is_never_skipped(smollm2):
+    model, tokenizer = smollm2
+    policy = make_policy(4, model.config.n_embd)
+    policy = Policy(Scorer(30, 576), [1.0] * 30, COSTS, "x")
+    policy.mu = 100.0
+    model(torch.tensor([tokenizer.encode("What is skipped here?")]), policy)
+    assert (policy.states[0] == 4).all() and (policy.states[1:-1] == 0).all() and (policy.states[-1] == 1).all()
+
+
+def test_save_and_load(tmp_path):
+    policy = make_policy(horizon=2, settings={"model": "m", "data": "d"})
+    file = tmp_path / "new" / "policy.safetensors"
+    policy.save(file)
+    again = Policy.load(file)
+    assert (again.scale, again.prices, again.horizon, again.fingerprint, again.settings) == (
+        policy.scale, policy.prices, 2, "abc", {"model": "m", "data": "d"})
+    for a, b in zip(policy.scorer.state_dict().values(), again.scorer.state_dict().values()):
+        assert torch.equal(a, b)
+    assert again.scorer.lam == 0.1 and [f.name for f in file.parent.iterdir()] == ["policy.safetensors"]
+    again.save(tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_a_damaged_policy_is_refused(tmp_path):
+    policy = make_policy()
+    file = tmp_path / "p.safetensors"
+    policy.save(file)
+    data = file.read_bytes()
+    for bad in (b"", b"junk" * 100, data[:50], data[:-10], data[:8] + b"x" + data[9:]):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="p.safetensors"):
+            Policy.load(file)
+    policy.scorer.bias.data[0, 0, 0] = float("nan")
+    policy.save(file)
+    with pytest.raises(ValueError, match="finite"):
+        Policy.load(file)
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        Policy.load(tmp_path / "none.safetensors")
+
+
+def test_random_states_meet_a_cost():
+    g = torch.Generator().manual_seed(0)
+    for cost in (0.5, 1.5, 2.0, 3.0):
+        states = P.random_states((30, 4, 500), cost, COSTS, g)
+        assert P.mean_cost(states, COSTS) == pytest.approx(cost, abs=0.05)
+        assert (states[0] == 4).all() and (states[-1] > 0).all() and len(states.unique()) <= 4
+
+
+def test_fixed_states_follow_positions():
+    given = torch.tensor([[[4, 4, 4]], [[0, 1, 2]]])
+    fixed = Fixed(given)
+    fixed.states = torch.full((2, 1, 1), 4, dtype=torch.uint8)
+    fixed.decide(1, torch.zeros(1, 1, 8), start=2)
+    assert fixed.states[1].item() == 2

@@ -1,0 +1,86 @@
+"""Rounding against bounds, fake against real, every kernel against the plain reference, odd shapes."""
+
+import pytest
+import torch
+
+from quant import (GROUP, Int4Weight, Int8Weight, RoutedLinear, dequantize_int4, dequantize_int8, fake_quantize, quantize_int4,
+                   quantize_int8)
+
+SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192)]
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_rounding_error_is_below_half_a_step(N, K):
+    torch.manual_seed(0)
+    w = torch.randn(N, K) * torch.rand(N, 1)
+    codes, scale = quantize_int8(w)
+    assert codes.abs().max() <= 127
+    assert ((dequantize_int8(codes, scale) - w).abs() <= 0.51 * scale[:, None] + 0.005 * w.abs()).all()
+    codes, scale, zero = quantize_int4(w)
+    step = scale.repeat_interleave(GROUP, 1)[:, :K]
+    assert codes.max() <= 15 and ((dequantize_int4(codes, scale, zero) - w).abs() <= 0.58 * step + 0.005 * w.abs()).all()
+
+
+def test_by_hand():
+    codes, scale = quantize_int8(torch.tensor([[0.5, -127.0, 63.4, 0.0]]))
+    assert codes.tolist() == [[0, -127, 63, 0]] and scale.tolist() == [1.0]
+    w = torch.arange(16.0)[None].repeat(1, 4)  # 0..15 in one group: scale 1, zero 8, exact
+    codes, scale, zero = quantize_int4(w)
+    assert codes.tolist() == w.long().tolist() and scale.tolist() == [[1.0]] and zero.tolist() == [[8.0]]
+    assert torch.equal(dequantize_int4(codes, scale, zero), w)
+
+
+def test_constant_and_zero_rows():
+    for value in (0.0, 3.0, -1e-6):
+        w = torch.full((2, 70), value)
+        assert torch.allclose(dequantize_int8(*quantize_int8(w)), w, rtol=0.01)
+        assert torch.allclose(dequantize_int4(*quantize_int4(w)), w, rtol=0.01)
+
+
+@pytest.mark.parametrize("state", [1, 2])
+def test_fake_has_a_straight_through_gradient(state):
+    w = torch.randn(8, 64, requires_grad=True)
+    x = torch.randn(5, 64)
+    (x @ fake_quantize(w, state).T).sum().backward()
+    assert torch.allclose(w.grad, x.sum(0).expand(8, -1))
+    assert not torch.equal(fake_quantize(w, state), w) and fake_quantize(w, 4) is w
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_against_the_reference(N, K, rows, dtype):
+    torch.manual_seed(1)
+    w, x = torch.randn(N, K), torch.randn(2, rows, K).to(dtype)
+    for Weight, quantize, dequantize in ((Int8Weight, quantize_int8, dequantize_int8), (Int4Weight, quantize_int4, dequantize_int4)):
+        layer = Weight(*quantize(w), dtype)
+        expected = x.float() @ dequantize(*quantize(w)).T
+        got = layer(x)
+        assert got.dtype == dtype and got.shape == expected.shape
+        assert (got.float() - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 0.02) * expected.abs().max() + 1e-5
+
+
+def test_shapes_that_a_kernel_cannot_take_have_a_named_other_path():
+    w8 = lambda N, K, t: Int8Weight(*quantize_int8(torch.randn(N, K)), t).kernel
+    w4 = lambda N, K, t: Int4Weight(*quantize_int4(torch.randn(N, K)), t).kernel
+    assert w8(33, 64, torch.bfloat16) == "int8pack" and w8(33, 72, torch.bfloat16) == "reference"
+    assert w4(32, 128, torch.bfloat16) == "int4pack" and w4(33, 128, torch.bfloat16) == "reference"
+    assert w4(32, 96, torch.bfloat16) == "reference" and w4(32, 128, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("N, K", [(96, 128), (30, 50)])
+def test_fake_and_real_layers_agree(N, K, bias):
+    torch.manual_seed(2)
+    layer = RoutedLinear(K, N, bias)
+    torch.nn.init.normal_(layer.weight)
+    if bias:
+        torch.nn.init.normal_(layer.bias)
+    layer = layer.bfloat16()
+    x, out = torch.randn(3, K, dtype=torch.bfloat16), {}
+    for real in (False, True):
+        layer.quantize(real, fill_from=N // 3)
+        out[real] = [layer(x, 1), layer(x, 2), layer(x, 4), layer.fill(x)]
+    for fake, real in zip(out[False], out[True]):
+        assert (fake.float() - real.float()).abs().max() <= 0.03 * fake.float().abs().max()
+    assert torch.allclose(layer.fill(x).float(), layer(x, 1).float()[:, N // 3:], atol=0.05 * out[True][0].abs().max().item())

@@ -1,0 +1,127 @@
+"""The invariant of the house: whole sequences at once and token by token give the same logits and the same decisions."""
+
+import pytest
+import torch
+
+from conftest import tiny_folder
+from model import KVCache, load
+from policy import INDEX, Fixed, Policy, Scorer, bit_costs
+
+
+def random_policy(model, seed, horizon=1, spread=1.0):
+    """A scorer with weights large enough that all four states occur, at random scales and a random price."""
+    torch.manual_seed(seed)
+    L, d = model.config.n_layer, model.config.n_embd
+    scorer = Scorer(L, d, lam=0.3)
+    scorer.mean.normal_().mul_(0.1)
+    for p in (scorer.gain, scorer.shift, scorer.third.weight, scorer.bias):
+        torch.nn.init.normal_(p, std=spread)
+    policy = Policy(scorer, (0.8 + 0.4 * torch.rand(L)).tolist(), bit_costs(model.config), model.fingerprint(), horizon=horizon)
+    policy.mu = 0.3
+    return policy
+
+
+def decode(model, tokens, policy, pieces):
+    cache, logits, states = KVCache(model, len(tokens), tokens.shape[1]), [], []
+    for part in tokens.split(pieces, dim=1):
+        logits.append(model(part, policy, cache))
+        states.append(policy.states)
+    return torch.cat(logits, 1), torch.cat(states, 2)
+
+
+def agree(model, tokens, policy, pieces):
+    whole = model(tokens, policy)
+    states = policy.states
+    assert (states[0] == 4).all() and (states[-1] > 0).all()
+    cached, cached_states = decode(model, tokens, policy, pieces)
+    if not torch.equal(states, cached_states):  # only where two scores are closer than 1e-4 may either win
+        where = (states != cached_states).nonzero()
+        assert len(where) < 3, f"{len(where)} decisions differ"
+        cached, _ = decode(model, tokens, Fixed(states, policy.scale), pieces)
+    assert (whole - cached).abs().max() < 2e-3 * whole.abs().max()
+    return states
+
+
+@pytest.mark.parametrize("kind, change", [
+    ("llama", {}), ("qwen2", {"num_key_value_heads": 1}), ("qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+    ("llama", {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 70})])
+@pytest.mark.parametrize("horizon", [1, 2, 6])
+@torch.no_grad()
+def test_parallel_pass_equals_decoding(tmp_path, kind, change, horizon):
+    tiny_folder(tmp_path, kind, layers=6, **change)
+    model, _ = load(str(tmp_path))
+    seen = torch.zeros(5)
+    for seed in range(4):
+        policy = random_policy(model, seed, horizon)
+        tokens = torch.randint(0, 300, (2, 24))
+        states = agree(model, tokens, policy, [1] * 24)
+        agree(model, tokens, policy, [5, 1, 1, 9, 8])
+        seen += torch.bincount(states.flatten().long(), minlength=5)
+    assert (seen[[0, 1, 2, 4]] > 0).all()  # the test has met every state
+
+
+@torch.no_grad()
+def test_parallel_pass_equals_decoding_smollm2(smollm2):
+    model, tokenizer = smollm2
+    for seed, text in enumerate(["def f(x):\n    return 2 ** x\n", "The moon, seen through a small telescope, is"]):
+        tokens = torch.tensor([tokenizer.encode(text)])
+        agree(model, tokens, random_policy(model, seed, horizon=(1, 30)[seed]), [1] * tokens.shape[1])
+
+
+@torch.no_grad()
+def test_every_state_does_what_it_says(tiny):
+    """Block by block against plain arithmetic: dequantised weights for 1 and 2, a_i x for 0, K/V of a skip in INT4."""
+    model, _ = load(str(tiny))
+    model.quantize()
+    tokens = torch.randint(0, 300, (1, 9))
+    x, rope = torch.randn(1, 9, 64), model.rope(0, 9)
+    block = model.blocks[1]
+    outputs = {s: block(x, [(s, None)], 0.7, rope, None, 1) for s in (0, 1, 2, 4)}
+    assert torch.equal(outputs[0], 0.7 * x)
+    assert 0 < (outputs[2] - outputs[4]).abs().max() < (outputs[1] - outputs[4]).abs().max()
+    mixed = torch.tensor([[4, 0, 1, 2, 0, 4, 1, 2, 4]])
+    cache = KVCache(model, 1, 9)
+    model(tokens, Fixed(torch.stack([torch.full((1, 9), 4), mixed, mixed.clamp(min=1), mixed.clamp(min=1)])), cache)
+    embedded = model.blocks[0](model.embed(tokens), [(4, None)], 1.0, rope, None, 0)
+    h = block.norm1(embedded)
+    keys = {s: block.qkv(h, s)[..., block.q_size : block.q_size + block.kv_size] for s in (1, 2, 4)}
+    for t, s in enumerate(mixed[0].tolist()):
+        v = block.heads(block.qkv(h, s or 1)[..., -block.kv_size :], 2)[0, :, t]
+        assert torch.allclose(cache.v[1, 0, :, t], v, atol=1e-5)
+    assert keys[1].shape == (1, 9, 32)
+
+
+@torch.no_grad()
+def test_all_fours_is_the_model_itself(tiny):
+    model, _ = load(str(tiny))
+    tokens = torch.randint(0, 300, (2, 16))
+    assert torch.equal(model(tokens, Fixed([4] * 4)), model(tokens))
+
+
+@torch.no_grad()
+def test_decision_reads_only_the_block_before(tiny):
+    """Eq 19-20: the state of block i + 1 is a function of the input of block i; what block i does cannot change it."""
+    model, _ = load(str(tiny))
+    policy = random_policy(model, 1)
+    tokens = torch.randint(0, 300, (1, 12))
+    model(tokens, policy)
+    before = policy.states.clone()
+    model.blocks[2].down.weight.data.normal_(std=5)  # changes h_3, the input of block 4
+    model(tokens, policy)
+    assert torch.equal(policy.states[:3], before[:3]) and torch.equal(policy.states[3], before[3])
+
+
+@torch.no_grad()
+def test_a_price_per_sequence_is_that_price_alone(tiny):
+    model, _ = load(str(tiny))
+    policy = random_policy(model, 2)
+    tokens = torch.randint(0, 300, (1, 20))
+    policy.mu = torch.tensor([-1.0, 0.2, 1.5])
+    model(tokens.repeat(3, 1), policy)
+    together = policy.states.clone()
+    for n, mu in enumerate((-1.0, 0.2, 1.5)):
+        policy.mu = mu
+        model(tokens, policy)
+        assert torch.equal(policy.states[:, 0], together[:, n])
+    costs = policy.costs[INDEX[together.long()]].sum(dim=(0, 2))
+    assert costs[0] > costs[1] > costs[2]

@@ -1,0 +1,439 @@
+"""Train a routing policy for a real LLM and show what it does:   python train.py
+
+    1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation of the scorer's input
+    2  sensitivity KL(full || one block in one state), block by block: the best *static* idea of what each state costs
+    3  learn       the paper's policy gradient (Eq 11-17), several rollouts of each window as the baseline b, started
+                   from the static sensitivities; the base model is frozen
+    4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4, closed loop
+    5  compare     on held-out text: full model, DASH, static, all INT8, random states
+
+Writes into --out: policy.safetensors (what infer.py and bench.py use), train.jsonl (a line a step), train.png, and
+checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for bit.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import load_text, windows
+from model import load
+from policy import (INDEX, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line,
+                    mean_cost, pick_device, plan, policy_gradient, random_states, read_safetensors, returns, rewards,
+                    speedup_bits, speedup_range, state_shares, temperature, total_loss, write_whole)
+
+SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
+TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0]  # speedups with a price
+WINDOW = 256  # tokens of a training window
+POOL = 40  # training windows; their full-model log-likelihoods are computed once
+BATCH, ROLLOUTS = 2, 4  # windows a step, rollouts of each
+LR, ALPHA, LAM = 2e-3, 1.0, 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 Calibrate
+
+
+@torch.no_grad()
+def profile(model, tokens):
+    """Every block's input x and output y over tokens (N, T): similarity and the two forms of a_i.
+
+    Returns a dict of (L,) fp64 tensors: "similarity" mean cosine(x, y) (Eq 1-2), "least_squares" sum<x,y>/sum<x,x> and
+    "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean", "std" of the RMS-normed x.
+    """
+    sums = [dict.fromkeys(("n", "cos", "xy", "xx", "ratio", "x", "x2"), 0.0) for _ in model.blocks]
+
+    def watch(i):
+        def hook(block, args, y):
+            # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
+            x, y, s = args[0][:, 1:].flatten(0, 1).double(), y[:, 1:].flatten(0, 1).double(), sums[i]
+            normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            new = {"n": len(x), "cos": F.cosine_similarity(x, y).sum(), "xy": (x * y).sum(), "xx": (x * x).sum(),
+                   "ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(), "x": normed.sum(0), "x2": normed.square().sum(0)}
+            for key, value in new.items():
+                s[key] = s[key] + value
+        return hook
+
+    hooks = [block.register_forward_hook(watch(i)) for i, block in enumerate(model.blocks)]
+    try:
+        for rows in tqdm(tokens.split(8), desc="calibrate", leave=False):
+            model.hidden(rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stack = lambda f: torch.stack([torch.as_tensor(f(s)) for s in sums]).cpu()
+    mean = stack(lambda s: s["x"] / s["n"])
+    return {"similarity": stack(lambda s: s["cos"] / s["n"]), "least_squares": stack(lambda s: s["xy"] / s["xx"]),
+            "norm_ratio": stack(lambda s: s["ratio"] / s["n"]), "mean": mean,
+            "std": (stack(lambda s: s["x2"] / s["n"]) - mean.square()).clamp(min=1e-12).sqrt()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 Static sensitivities
+
+
+@torch.no_grad()
+def log_probs(model, tokens, policy=None):
+    """(B, T) -> log-probabilities of the next token (B, T, vocab) fp32."""
+    return model(tokens, policy).float().log_softmax(-1)
+
+
+def kl(full, routed):
+    """KL(full || routed) in nats from log-probabilities (..., vocab) -> (...)."""
+    return (full.exp() * (full - routed)).sum(-1)
+
+
+@torch.no_grad()
+def sensitivities(model, tokens, scale):
+    """KL to the full model, in nats a token, when one block alone runs in one state: (L, 4) over STATES.
+
+    The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
+    Every run starts at its block, from the full model's hidden states.
+    """
+    L, damage = len(model.blocks), torch.zeros(len(model.blocks), 4)
+    inputs, rope = [], model.rope(0, tokens.shape[1])
+    x = model.embed(tokens)
+    for block in model.blocks:
+        inputs.append(x)
+        x = block(x, [(4, None)], 1.0, rope, None, 0)
+    full = model.head(model.norm(x)).float().log_softmax(-1)
+    for i in tqdm(range(1, L), desc="sensitivity", leave=False):
+        for k in range(1 if i == L - 1 else 0, 3):
+            x = inputs[i]
+            for j in range(i, L):
+                x = model.blocks[j](x, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope, None, 0)
+            damage[i, k] = kl(full, model.head(model.norm(x)).float().log_softmax(-1)).mean()
+    return damage
+
+
+def static_price(damage, costs, target):
+    """The price at which `argmin damage + mu cost`, one state a block, meets a mean cost: mu in nats, states (L,)."""
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        mu = (low + high) / 2
+        pick = (damage + mu * costs)[1:].argmin(-1)
+        if damage[-1, 0] == 0 and pick[-1] == 0:  # the last block is never skipped
+            pick[-1] = 1 + (damage + mu * costs)[-1, 1:].argmin()
+        cost = (4 + costs[pick].sum()) / len(damage)
+        low, high = (mu, high) if cost > target else (low, mu)
+    return mu, torch.cat([torch.tensor([3]), pick])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 Learn: the paper's policy gradient
+
+
+class Rollout(Policy):
+    """A policy that samples (Eq 11) and keeps what the scorer saw, so that log pi can be computed with a gradient."""
+
+    def decide(self, i, x, start):
+        if plan(i, len(self.scale), self.horizon):
+            self.seen[i] = self.scorer.features(x, start)
+        super().decide(i, x, start)
+
+    def log_pi(self):
+        """log pi(s_i) of every decision of the last call, blocks 2..L: (L - 1, B, T), differentiable."""
+        index, out = INDEX[self.states.long()], []
+        for i, features in self.seen.items():
+            blocks = plan(i, len(self.scale), self.horizon)
+            table = self.scorer(features, list(blocks))
+            for n, j in enumerate(blocks):
+                q = table[:, :, n].gather(2, index[j - 1][..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
+                logp = (self.priced(q, j) / self.tau).log_softmax(-1)
+                out.append(logp.gather(-1, index[j][..., None])[..., 0])
+        return torch.stack(out)
+
+
+def leave_one_out(G, rollouts):
+    """The baseline b of Eq 16: the mean G of the other rollouts of the same window. G (L, B * rollouts, T)."""
+    g = G.unflatten(1, (-1, rollouts))
+    return ((g.sum(2, keepdim=True) - g) / (rollouts - 1)).flatten(1, 2)
+
+
+def learn(policy, model, pool, beta, steps, target_cost, checkpoint, log):
+    """REINFORCE on windows of the pool (n, T); trains policy.scorer in place. Resumes from `checkpoint` when it has a step."""
+    generator = torch.Generator().manual_seed(checkpoint.seed)
+    optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)
+    start = checkpoint.restore(policy, optimizer, generator)
+    policy.generator = generator
+    nats = torch.cat([target_log_probs(model, rows) for rows in tqdm(pool.split(4), desc="full model", leave=False)])
+    bar = tqdm(range(start, steps), desc="policy gradient", initial=start, total=steps)
+    for step in bar:
+        pick = torch.randperm(len(pool), generator=generator)[:BATCH]
+        tokens = pool[pick].repeat_interleave(ROLLOUTS, 0)
+        policy.tau, policy.seen = temperature(step, steps), {}
+        r_acc = accuracy_reward(target_log_probs(model, tokens, policy), nats[pick].repeat_interleave(ROLLOUTS, 0))
+        states = policy.states[:, :, :-1]  # the last token of a window has no target, so no reward
+        G = returns(rewards(states, r_acc, beta))[1:]
+        advantage = G - leave_one_out(G, ROLLOUTS)
+        scale = advantage.std(dim=(1, 2), keepdim=True) + 1e-6  # ours: each block's advantages in units of their spread
+        logp = policy.log_pi()[:, :, :-1]
+        loss = total_loss(0.0, policy_gradient(logp, advantage / scale, 0.0), ALPHA)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cost = mean_cost(policy.states, policy.costs)
+        policy.mu += 0.5 * (cost - target_cost)  # ours: the price holds the sampled cost at the target
+        line = {"step": step, "r_acc": r_acc.mean().item(), "cost": cost, "mu": policy.mu, "tau": policy.tau, "loss": loss.item()}
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{cost:.2f}")
+        if (step + 1) % 5 == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, policy, optimizer, generator)
+    policy.tau = None
+
+
+@torch.no_grad()
+def target_log_probs(model, tokens, policy=None):
+    """log p of every next token: (B, T) -> (B, T - 1). Head and softmax row by row, to keep memory small."""
+    hidden = model.hidden(tokens, policy)
+    return torch.stack([-F.cross_entropy(model.head(h[:-1]).float(), t[1:], reduction="none") for h, t in zip(hidden, tokens)])
+
+
+class Checkpoint:
+    """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
+
+    def __init__(self, path, settings, seed, resume):
+        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), settings, seed, {}, {"step": 0}
+        if resume and self.path.exists():
+            self.tensors, self.meta = read_safetensors(path)
+            if self.meta.get("settings") != settings:
+                other = {k: v for k, v in self.meta.get("settings", {}).items() if settings.get(k) != v}
+                raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
+
+    def save(self, step, policy, optimizer, generator):
+        from safetensors.torch import save
+
+        tensors = {f"scorer.{k}": v for k, v in policy.scorer.state_dict().items()}
+        for name, p in policy.scorer.named_parameters():
+            tensors |= {f"adam.{name}.{k}": v for k, v in optimizer.state[p].items()}
+        tensors["generator"] = generator.get_state()
+        meta = {"step": step, "mu": policy.mu, "settings": self.settings}
+        write_whole(self.path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"dash": json.dumps(meta)}))
+
+    def restore(self, policy, optimizer, generator):
+        """Put scorer, optimizer, generator and price back; returns the step to go on with, 0 for a fresh run."""
+        if self.meta["step"] == 0:
+            return 0
+        policy.scorer.load_state_dict({k[7:]: v for k, v in self.tensors.items() if k.startswith("scorer.")})
+        for name, p in policy.scorer.named_parameters():
+            prefix = f"adam.{name}."
+            optimizer.state[p] = {k[len(prefix):]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+        generator.set_state(self.tensors["generator"])
+        policy.mu = self.meta["mu"]
+        return self.meta["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 Prices
+
+
+class OpenLoop(Fixed):
+    """The full model with a scorer looking on: `tables` gathers q of every decision, nothing is routed."""
+
+    def __init__(self, policy):
+        super().__init__([4] * len(policy.scale))
+        self.policy, self.tables = policy, {}
+
+    def decide(self, i, x, start):
+        blocks = plan(i, len(self.scale), self.policy.horizon)
+        if blocks:
+            self.tables[blocks] = self.policy.scorer(self.policy.scorer.features(x, start), list(blocks))
+
+
+@torch.no_grad()
+def calibrate_prices(policy, model, tokens, targets, rounds=2):
+    """The price for every target speedup, closed loop: sets policy.prices to [(speedup, mu)].
+
+    Open loop first: with q of the full model's hidden states the cost at any mu is a look-up, so mu is found by bisection.
+    Then all targets run at once, each with its own price and a copy of the tokens (n, T), and what the closed loop adds
+    to the cost is taken off the open-loop goal.
+    """
+    L, look = len(policy.scale), OpenLoop(policy)
+    model.hidden(tokens, look)
+
+    def open_cost(mu):
+        policy.mu, states = mu, torch.full((L, *tokens.shape), 4, dtype=torch.uint8, device=tokens.device)
+        for blocks, table in look.tables.items():
+            states[blocks[0] : blocks[-1] + 1] = policy.choose(table, blocks, states[blocks[0] - 1])
+        return mean_cost(states, policy.costs)
+
+    def price(goal):
+        span = max(float(t.max() - t.masked_fill(t.isinf(), 0).min()) for t in look.tables.values()) / float(policy.costs[1] - policy.costs[0])
+        low, high = -span, span
+        for _ in range(40):
+            mu = (low + high) / 2
+            low, high = (mu, high) if open_cost(mu) > goal else (low, mu)
+        return mu
+
+    goals = [4 / s for s in targets]
+    aims = list(goals)
+    best = [(float("inf"), 0.0)] * len(targets)
+    for _ in tqdm(range(rounds), desc="prices", leave=False):
+        mus = [price(aim) for aim in aims]
+        policy.mu = torch.tensor(mus).repeat_interleave(len(tokens)).to(tokens.device)
+        model.hidden(tokens.repeat(len(targets), 1), policy)
+        for n, states in enumerate(policy.states.split(len(tokens), dim=1)):
+            miss = mean_cost(states, policy.costs) - goals[n]
+            best[n] = min(best[n], (abs(miss), mus[n]))
+            aims[n] -= miss
+    mus = sorted(mu for _, mu in best)  # a higher speedup never has a lower price
+    policy.prices, policy.mu = list(zip(targets, mus)), 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 Compare
+
+
+@torch.no_grad()
+def compare(model, tokens, policies, costs):
+    """Each policy against the full model on windows (n, T): a list of dicts with means over all predicted tokens.
+
+    nats: -log p of the text; kl: KL(full || routed), nats; top1: share of equal most likely tokens; speedup: in bits;
+    states: shares; nll: per-window nats (n,), for intervals. A policy given as None is the full model.
+    """
+    rows = [{"nll": [], "kl": [], "top1": [], "states": []} for _ in policies]
+    for window in tqdm(tokens, desc="compare", leave=False):
+        full = log_probs(model, window[None])[0, :-1]
+        for row, policy in zip(rows, policies):
+            routed = full
+            if policy is not None:
+                policy = policy(window[None]) if callable(policy) else policy
+                routed = log_probs(model, window[None], policy)[0, :-1]
+                row["states"].append(policy.states)
+            row["nll"].append(-routed.gather(1, window[1:, None]).mean().item())
+            row["kl"].append(kl(full, routed).mean().item())
+            row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
+    mean = lambda v: sum(v) / len(v)
+    out = []
+    for row in rows:
+        states = torch.cat([s.flatten(1) for s in row["states"]], 1) if row["states"] else torch.full((1, 1), 4)
+        out.append({"nats": mean(row["nll"]), "kl": mean(row["kl"]), "top1": mean(row["top1"]), "nll": row["nll"],
+                    "speedup": speedup_bits(states, costs), "states": state_shares(states), "raw": states})
+    return out
+
+
+def print_table(names, rows):
+    full = rows[0]["nats"]
+    print(f"\n{'':26} {'speedup':>8} {'nats':>8} {'lost':>8} {'KL':>8} {'top-1':>7}   share of blocks: skip INT4 INT8 full")
+    for name, r in zip(names, rows):
+        shares = " ".join(f"{100 * r['states'][s]:4.0f}%" for s in ("0", "1", "2", "4"))
+        print(f"{name:26} {r['speedup']:7.2f}x {r['nats']:8.4f} {r['nats'] - full:+8.4f} {r['kl']:8.4f} {100 * r['top1']:6.1f}%   {shares:>38}")
+
+
+def plot(path, log, states, names, rows):
+    """Three panels: reward and cost over training, nats lost by method, states by block."""
+    import io
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    a.plot([x["step"] for x in log], [x["r_acc"] for x in log], label="R_acc, nats")
+    a.set(xlabel="step", ylabel="R_acc, nats a token", title="Training: reward and sampled cost")
+    right = a.twinx()
+    right.plot([x["step"] for x in log], [x["cost"] for x in log], color="tab:orange", label="cost")
+    right.set_ylabel("mean cost of a block")
+    figure.legend(*[sum(x, []) for x in zip(a.get_legend_handles_labels(), right.get_legend_handles_labels())],
+                  loc="outside lower left", ncols=2)
+    b.barh(names[1:], [r["nats"] - rows[0]["nats"] for r in rows[1:]], color="tab:blue")
+    b.invert_yaxis()
+    b.set(xlabel="nats lost against the full model", title="Held-out text")
+    bottom = torch.zeros(len(states))
+    for s, label, color in ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8")):
+        share = (states == s).float().mean(1)
+        c.bar(range(1, len(states) + 1), share, bottom=bottom, label=label, color=color, width=1.0, edgecolor="white")
+        bottom += share
+    c.set(xlabel="block", ylabel="share of tokens", title=f"DASH, {rows[1]['speedup']:.2f}x", xlim=(0.5, len(states) + 0.5))
+    c.legend(loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def arguments():
+    p = Parser(__doc__)
+    p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
+    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, or a text file")
+    p.add_argument("--data-dir", help="folder with wikitext2/train.txt and so on")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup in bits to train for and show (any is served later)")
+    p.add_argument("--horizon", type=int, default=1, help="blocks decided from one hidden state; 1 is the paper")
+    p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
+    p.add_argument("--out", default="out", help="folder to write into")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    return p.parse_args()
+
+
+def main():
+    args, began = arguments(), time.time()
+    if args.steps < 1 or args.horizon < 1:
+        raise ValueError("--steps and --horizon must be at least 1")
+    device, out = pick_device(args.device), Path(args.out)
+    torch.manual_seed(args.seed)
+    train_text = load_text(args.data, "train", args.data_dir)
+    test_text = load_text(args.data, "test", args.data_dir)
+    model, tokenizer = load(args.model, device, torch.float32)
+    costs, L = bit_costs(model.config), model.config.n_layer
+    least, most = speedup_range(L, costs)
+    if not least < args.speedup <= min(most, TARGETS[-1]) or args.speedup < TARGETS[0]:
+        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {min(most, TARGETS[-1]):.3g}")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "steps": args.steps, "seed": args.seed,
+                "horizon": args.horizon, "objective": "rl", "fingerprint": model.fingerprint()}
+    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
+
+    size = min(WINDOW, model.config.block_size)
+    samples = windows(tokenizer, train_text, SAMPLES, min(SAMPLE_TOKENS, size), args.data, spread=True).to(device)
+    pool = windows(tokenizer, train_text, POOL, size, args.data, spread=True).to(device)
+    test = windows(tokenizer, test_text, 8, min(512, model.config.block_size), args.data, spread=True).to(device)
+
+    found = profile(model, samples)
+    scale = found["least_squares"].tolist()
+    model.quantize()
+    damage = sensitivities(model, pool[:: max(1, len(pool) // 2)][:2], scale)
+
+    target_cost = 4 / args.speedup
+    mu_nats, static = static_price(damage, costs, target_cost)
+    unit = (damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9)
+    scorer = Scorer(L, model.config.n_embd, LAM)
+    scorer.mean.copy_(found["mean"].mean(0))
+    scorer.std.copy_(found["std"].square().mean(0).sqrt())
+    scorer.bias.data.copy_((-damage / unit)[:, None].expand(-1, 4, -1))
+    policy = Rollout(scorer.to(device), scale, costs, settings["fingerprint"], horizon=args.horizon, settings=settings)
+    policy.mu = float(mu_nats / unit)
+
+    log_path = out / "train.jsonl"
+    kept = log_path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
+    write_whole(log_path, "".join(line + "\n" for line in kept).encode())
+    with open(log_path, "a") as log:
+        learn(policy, model, pool, 4 * mu_nats, args.steps, target_cost, checkpoint, log)
+
+    policy = Policy(policy.scorer, scale, costs, policy.fingerprint, horizon=args.horizon, settings=settings)
+    calibrate_prices(policy, model, pool[:: max(1, len(pool) // 4)][:4], [s for s in TARGETS if s <= most])
+    policy.save(out / "policy.safetensors")
+
+    policy.at(args.speedup)
+    generator = torch.Generator().manual_seed(args.seed)
+    equal = lambda window: Fixed(random_states((L, *window.shape), mean_cost(policy.states, costs), costs, generator), scale)
+    int8 = Fixed([4] + [2] * (L - 1))
+    names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
+    rows = compare(model, test, [None, policy, Fixed(STATES[static], scale), equal, int8], costs)
+    print_table(names, rows)
+    log = [json.loads(line) for line in log_path.read_text().splitlines()]
+    plot(out / "train.png", log, rows[1]["raw"], names, rows)
+    print(f"\nheld-out {args.data}: {test.numel()} tokens, {args.model} in fp32 on {device}, INT4 and INT8 rounded to nearest")
+    print(f"wrote {out / 'policy.safetensors'}, {log_path}, {out / 'train.png'} in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    command_line(main)
