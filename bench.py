@@ -31,6 +31,7 @@ def make_policy(method, model, tokenizer, args, calibration):
         return policy.at(args.speedup)
     similarity = None
     if method == "static_skip":
+        baselines.skips(model.config.n_layer, args.speedup, bit_costs(model.config))  # out of reach: say so before measuring
         similarity = profile(model, windows(tokenizer, calibration, SAMPLES, SAMPLE_TOKENS, spread=True))["similarity"]
     return getattr(baselines, method)(model.config.n_layer, args.speedup, bit_costs(model.config), similarity, args.seed)
 

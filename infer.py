@@ -21,7 +21,7 @@ COLORS = {0: "\033[90m", 1: "\033[36m", 2: "\033[33m", 4: "\033[31m"}  # skip gr
 RESET = "\033[0m"
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None):
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`.
 
@@ -46,7 +46,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     step = torch.tensor([ids], device=device)
     while True:
         began = time.perf_counter()
-        logits = model.head(model.hidden(step, policy, cache)[0, -1]).float()
+        logits = model.logits(model.hidden(step, policy, cache)[:, -1])[0]
         if temperature > 0:
             token = int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
         else:

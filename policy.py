@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 STATES = torch.tensor([0, 1, 2, 4])  # index -> state
 INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
+STATE_OF, INDEX_OF = STATES.tolist(), INDEX.tolist()  # the same for single tokens
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,6 +191,7 @@ class Policy:
 
     def to(self, device):
         self.scorer.to(device)
+        self.costs = self.costs.to(device)
         return self
 
     def check(self, model):
@@ -208,23 +210,30 @@ class Policy:
         self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, blocks, self.states[blocks[0] - 1])
 
     def choose(self, table, blocks, before):
-        """Walk through consecutive blocks, each choice the next one's s (Eq 18; Eq 11 if tau is set).
+        """The states of consecutive blocks: priced and chosen for every s at once (Eq 18; Eq 11 if tau is set), then looked up.
 
         table (B, T, g, 4, 4): q of each block, s and s'; before (B, T): states of the block before. -> (g, B, T) uint8.
         """
+        q = self.priced(table, blocks)
+        best = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)  # (B, T, g, 4)
+        if before.numel() == 1:  # decoding: the look-ups cost less as Python numbers than as tensor operations
+            s, chosen = INDEX_OF[int(before)], []
+            for row in best[0, 0].tolist():
+                s = row[s]
+                chosen.append(STATE_OF[s])
+            return torch.tensor(chosen, dtype=torch.uint8, device=table.device).view(-1, 1, 1)
         s, chosen = INDEX.to(table.device)[before.long()], []
-        for n, j in enumerate(blocks):
-            q = self.priced(table[:, :, n].gather(2, s[..., None, None].expand(-1, -1, 1, 4))[:, :, 0], j)
-            s = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)
+        for n in range(len(blocks)):
+            s = best[:, :, n].gather(2, s[..., None])[..., 0]
             chosen.append(s)
         return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
 
-    def priced(self, q, block):
-        """q (B, T, 4) -> q - mu cost, with a skip ruled out in the last block."""
-        mu = torch.as_tensor(self.mu, dtype=torch.float32, device=q.device).view(-1, 1, 1)
-        q = q - mu * self.costs.to(q.device)
-        if block == len(self.scale) - 1:
-            q[..., 0] = -math.inf
+    def priced(self, table, blocks):
+        """q - mu cost for (B, T, g, ..., 4), with a skip ruled out in the last block."""
+        mu = self.mu.view(-1, *[1] * (table.dim() - 1)) if torch.is_tensor(self.mu) else self.mu
+        q = table - mu * self.costs
+        if blocks[-1] == len(self.scale) - 1:
+            q[:, :, -1, ..., 0] = -math.inf
         return q
 
     def save(self, path):
@@ -348,6 +357,27 @@ def read_safetensors(path):
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
     except (SafetensorError, KeyError, ValueError, OSError) as e:
         raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
+
+
+def save_result(path, device, model, seed, **content):
+    """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
+    import platform
+
+    about = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+             "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
+    write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
+
+
+def device_name(device):
+    """What a reader of a number wants to know of the device: its name, and for a CPU how many cores were used."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name or platform.machine()}, {os.cpu_count()} cores"
 
 
 class Parser(argparse.ArgumentParser):

@@ -96,88 +96,98 @@ def fake_quantize(weight, state):
 # Real kernels
 
 
-class Int8Weight(nn.Module):
-    """INT8 codes and their product: x (..., K) -> x W^T (..., N) in x's dtype.
+MANY = 32  # rows from which a product in bf16 with the codes cast to bf16 beats int8pack (measured, results/NOTES.md)
 
-    kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so
-    such a width takes "reference", as does any other dtype or device.
+
+class Int8Weight:
+    """INT8 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
+
+    kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so such a width
+    takes "reference", as does any other dtype or device. For many rows "int8pack" casts the codes, which bf16 holds
+    exactly, multiplies, and scales the result: the same sums from the matrix unit.
     """
 
     def __init__(self, codes, scale, dtype):
-        super().__init__()
         K = codes.shape[1]
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
         self.kernel = "int8pack" if on_cpu and K % 16 == 0 else "reference"
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale.to(dtype))
+        self.codes, self.scale = codes, scale.to(dtype)
 
-    def forward(self, x):
+    def tensors(self):
+        return [self.codes, self.scale]
+
+    def __call__(self, x):
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
-        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.codes, self.scale)
-        return y.view(*x.shape[:-1], -1)
+        if len(x) >= MANY:
+            return F.linear(x, self.codes.to(x.dtype)).mul_(self.scale)
+        return torch._weight_int8pack_mm(x, self.codes, self.scale)
 
 
-class Int4Weight(nn.Module):
-    """INT4 codes, two to a byte, and their product: x (..., K) -> x W^T (..., N) in x's dtype.
+class Int4Weight:
+    """INT4 codes, two to a byte, and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. Any
     other shape, dtype or device takes "reference".
     """
 
     def __init__(self, codes, scale, zero, dtype):
-        super().__init__()
         N, K = codes.shape
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         if self.kernel == "int4pack":
-            self.register_buffer("codes", torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1))
-            self.register_buffer("scale_zero", torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous())
+            self.codes = torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
+            self.scale_zero = torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
         else:
             even = F.pad(codes, (0, K % 2))
-            self.register_buffer("codes", even[:, ::2] | even[:, 1::2] << 4)
-            self.register_buffer("scale", scale.to(dtype))
-            self.register_buffer("zero", zero.to(dtype))
+            self.codes = even[:, ::2] | even[:, 1::2] << 4
+            self.scale_zero = torch.stack([scale, zero]).to(dtype)
             self.width = K
 
-    def forward(self, x):
+    def tensors(self):
+        return [self.codes, self.scale_zero]
+
+    def __call__(self, x):
         if self.kernel == "reference":
             codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)[:, : self.width]
-            return F.linear(x, dequantize_int4(codes, self.scale, self.zero).to(x.dtype))
-        y = torch._weight_int4pack_mm_for_cpu(x.reshape(-1, x.shape[-1]), self.codes, GROUP, self.scale_zero)
-        return y.view(*x.shape[:-1], -1)
+            return F.linear(x, dequantize_int4(codes, *self.scale_zero).to(x.dtype))
+        return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
 
 
-class FakeWeight(nn.Module):
-    """A dequantised weight (N, K): x (..., K) -> x W^T (..., N). Fastest for many tokens at once, largest in memory."""
+class FakeWeight:
+    """A dequantised weight (N, K): x (n, K) -> x W^T (n, N). Fastest for many tokens at once, largest in memory."""
 
     kernel = "fake"
 
     def __init__(self, weight):
-        super().__init__()
-        self.register_buffer("weight", weight)
+        self.weight = weight
 
-    def forward(self, x):
+    def tensors(self):
+        return [self.weight]
+
+    def __call__(self, x):
         return F.linear(x, self.weight)
 
 
 class RoutedLinear(nn.Module):
     """A linear layer that holds its weight in up to three precisions; `state` picks one at every call.
 
-    weight (N, K), bias (N,) or None; x (..., K) -> (..., N). Before states 1 and 2 can be used, call `quantize`.
+    weight (N, K), bias (N,) or None; x (n, K) -> (n, N). Before states 1 and 2 can be used, call `quantize`.
     """
 
     def __init__(self, K, N, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
-        self.low = nn.ModuleDict()  # "1": INT4, "2": INT8, "fill": the INT4 rows that a skipped block still runs
+        self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
 
     def forward(self, x, state=4):
         if state == 4:
             return F.linear(x, self.weight, self.bias)
-        y = self.low[str(state)](x)
+        y = self.low[state](x)
         return y if self.bias is None else y + self.bias
+
+    __call__ = forward  # without nn.Module's look for hooks, 120 times a token
 
     def fill(self, x):
         """Only the rows from `fill_from` on, in INT4: keys and values for a token that skips the block."""
@@ -190,11 +200,11 @@ class RoutedLinear(nn.Module):
         dtype = self.weight.dtype
         int4, int8 = quantize_int4(self.weight), quantize_int8(self.weight)
         if real:
-            self.low["1"], self.low["2"] = Int4Weight(*int4, dtype), Int8Weight(*int8, dtype)
+            self.low = {1: Int4Weight(*int4, dtype), 2: Int8Weight(*int8, dtype)}
             if fill_from is not None:
                 self.low["fill"] = Int4Weight(*(t[fill_from:] for t in int4), dtype)
         else:
             dense = dequantize_int4(*int4).to(dtype)
-            self.low["1"], self.low["2"] = FakeWeight(dense), FakeWeight(dequantize_int8(*int8).to(dtype))
+            self.low = {1: FakeWeight(dense), 2: FakeWeight(dequantize_int8(*int8).to(dtype))}
             if fill_from is not None:
                 self.low["fill"] = FakeWeight(dense[fill_from:])

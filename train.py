@@ -7,8 +7,8 @@
     4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4, closed loop
     5  compare     on held-out text: full model, DASH, static, all INT8, random states
 
-Writes into --out: policy.safetensors (what infer.py and bench.py use), train.jsonl (a line a step), train.png, and
-checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for bit.
+Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line a
+step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for bit.
 """
 
 import json
@@ -23,7 +23,7 @@ from data import load_text, windows
 from model import load
 from policy import (INDEX, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line,
                     mean_cost, pick_device, plan, policy_gradient, random_states, read_safetensors, returns, rewards,
-                    speedup_bits, speedup_range, state_shares, temperature, total_loss, write_whole)
+                    save_result, speedup_bits, speedup_range, state_shares, temperature, total_loss, write_whole)
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0]  # speedups with a price
@@ -49,7 +49,8 @@ def profile(model, tokens):
     def watch(i):
         def hook(block, args, y):
             # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
-            x, y, s = args[0][:, 1:].flatten(0, 1).double(), y[:, 1:].flatten(0, 1).double(), sums[i]
+            x, y = (t.view(args[1], -1, t.shape[-1])[:, 1:].flatten(0, 1).double() for t in (args[0], y))
+            s = sums[i]
             normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
             new = {"n": len(x), "cos": F.cosine_similarity(x, y).sum(), "xy": (x * y).sum(), "xx": (x * x).sum(),
                    "ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(), "x": normed.sum(0), "x2": normed.square().sum(0)}
@@ -95,16 +96,16 @@ def sensitivities(model, tokens, scale):
     """
     L, damage = len(model.blocks), torch.zeros(len(model.blocks), 4)
     inputs, rope = [], model.rope(0, tokens.shape[1])
-    x = model.embed(tokens)
+    x, B = model.embed(tokens).flatten(0, 1), len(tokens)
     for block in model.blocks:
         inputs.append(x)
-        x = block(x, [(4, None)], 1.0, rope, None, 0)
+        x = block(x, B, [(4, None)], 1.0, rope)
     full = model.head(model.norm(x)).float().log_softmax(-1)
     for i in tqdm(range(1, L), desc="sensitivity", leave=False):
         for k in range(1 if i == L - 1 else 0, 3):
             x = inputs[i]
             for j in range(i, L):
-                x = model.blocks[j](x, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope, None, 0)
+                x = model.blocks[j](x, B, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope)
             damage[i, k] = kl(full, model.head(model.norm(x)).float().log_softmax(-1)).mean()
     return damage
 
@@ -139,12 +140,11 @@ class Rollout(Policy):
         index, out = INDEX[self.states.long()], []
         for i, features in self.seen.items():
             blocks = plan(i, len(self.scale), self.horizon)
-            table = self.scorer(features, list(blocks))
-            for n, j in enumerate(blocks):
-                q = table[:, :, n].gather(2, index[j - 1][..., None, None].expand(-1, -1, 1, 4))[:, :, 0]
-                logp = (self.priced(q, j) / self.tau).log_softmax(-1)
-                out.append(logp.gather(-1, index[j][..., None])[..., 0])
-        return torch.stack(out)
+            logp = (self.priced(self.scorer(features, list(blocks)), blocks) / self.tau).log_softmax(-1)
+            before, chosen = (index[blocks[0] - k : blocks[-1] + 1 - k].permute(1, 2, 0)[..., None] for k in (1, 0))
+            logp = logp.gather(3, before[..., None].expand(-1, -1, -1, 1, 4))[..., 0, :]  # (B, T, g, 4): the row of s
+            out.append(logp.gather(3, chosen)[..., 0].permute(2, 0, 1))
+        return torch.cat(out)
 
 
 def leave_one_out(G, rollouts):
@@ -343,6 +343,7 @@ def plot(path, log, states, names, rows):
     b.barh(names[1:], [r["nats"] - rows[0]["nats"] for r in rows[1:]], color="tab:blue")
     b.invert_yaxis()
     b.set(xlabel="nats lost against the full model", title="Held-out text")
+    b.locator_params(axis="x", nbins=5)
     bottom = torch.zeros(len(states))
     for s, label, color in ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8")):
         share = (states == s).float().mean(1)
@@ -398,7 +399,7 @@ def main():
     test = windows(tokenizer, test_text, 8, min(512, model.config.block_size), args.data, spread=True).to(device)
 
     found = profile(model, samples)
-    scale = found["least_squares"].tolist()
+    scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     model.quantize()
     damage = sensitivities(model, pool[:: max(1, len(pool) // 2)][:2], scale)
 
@@ -430,9 +431,11 @@ def main():
     rows = compare(model, test, [None, policy, Fixed(STATES[static], scale), equal, int8], costs)
     print_table(names, rows)
     log = [json.loads(line) for line in log_path.read_text().splitlines()]
-    plot(out / "train.png", log, rows[1]["raw"], names, rows)
+    plot(out / "train.png", log, rows[1].pop("raw"), names, rows)
+    save_result(out / "train.json", device, model, args.seed, seconds=round(time.time() - began), tokens=test.numel(), settings=settings,
+                rows=[{"name": name} | {k: v for k, v in row.items() if k != "raw"} for name, row in zip(names, rows)])
     print(f"\nheld-out {args.data}: {test.numel()} tokens, {args.model} in fp32 on {device}, INT4 and INT8 rounded to nearest")
-    print(f"wrote {out / 'policy.safetensors'}, {log_path}, {out / 'train.png'} in {time.time() - began:.0f} s")
+    print(f"wrote policy.safetensors, train.json, train.jsonl and train.png into {out} in {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def test_fake_has_a_straight_through_gradient(state):
 
 
 @pytest.mark.parametrize("N, K", SHAPES)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_against_the_reference(N, K, rows, dtype):
     torch.manual_seed(1)
-    w, x = torch.randn(N, K), torch.randn(2, rows, K).to(dtype)
+    w, x = torch.randn(N, K), torch.randn(rows, K).to(dtype)
     for Weight, quantize, dequantize in ((Int8Weight, quantize_int8, dequantize_int8), (Int4Weight, quantize_int4, dequantize_int4)):
         layer = Weight(*quantize(w), dtype)
         expected = x.float() @ dequantize(*quantize(w)).T

@@ -31,7 +31,7 @@ def finished(tiny, some_text, tmp_path_factory):
 
 def test_train_writes_what_it_says(finished, tiny):
     out, said = finished
-    assert {f.name for f in out.iterdir()} == {"policy.safetensors", "train.jsonl", "train.png", "checkpoint.safetensors"}
+    assert {f.name for f in out.iterdir()} == {"policy.safetensors", "train.json", "train.jsonl", "train.png", "checkpoint.safetensors"}
     assert [json.loads(line)["step"] for line in (out / "train.jsonl").read_text().splitlines()] == list(range(12))
     for row in ("full model", "DASH at 2.5x", "random states", "all INT8"):
         assert row in said
@@ -68,7 +68,7 @@ def test_scales_by_hand(tiny):
     model, _ = load(str(tiny))
     tokens = torch.randint(0, 300, (3, 10))
     found, seen = train.profile(model, tokens), {}
-    hooks = [b.register_forward_hook(lambda m, a, y, i=i: seen.__setitem__(i, (a[0][:, 1:], y[:, 1:]))) for i, b in enumerate(model.blocks)]
+    hooks = [b.register_forward_hook(lambda m, a, y, i=i: seen.__setitem__(i, [t.view(3, 10, -1)[:, 1:] for t in (a[0], y)])) for i, b in enumerate(model.blocks)]
     model(tokens)
     [h.remove() for h in hooks]
     for i, (x, y) in seen.items():
