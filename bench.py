@@ -1,22 +1,30 @@
 """Measure:   python bench.py eval --task lm --method dash --speedup 2.0
 
-    eval    one method on one task: perplexity in windows of the full model's text, the speedup in bits over all tokens
-            of the run, and the measured speedup of batch-1 decoding against the full model
+    eval    one method on one task: perplexity in windows of the text, the speedup in bits over all tokens of the run, and
+            the measured speedup of batch-1 decoding against the full model
+    speed   milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
+            bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
+    report  renders the README's tables from results/
 
 Perplexity uses fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU). Both run
 the same routed forward.
 """
 
+import io
 import json
 import statistics
+import time
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import baselines
 from data import load_text, read_text, windows
 from infer import generate
-from model import load
-from policy import Parser, Policy, bit_costs, command_line, pick_device
+from model import fetch_smollm2, load, read_gguf
+from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, pick_device, save_result, speedup_bits,
+                    write_whole)
 from train import SAMPLE_TOKENS, SAMPLES, compare, profile
 
 METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "dash")
@@ -79,21 +87,209 @@ def evaluate(args):
             "model": args.model}))
 
 
+# ----------------------------------------------------------------------------------------------------------
+# speed
+
+
+def median_of(rounds, contenders):
+    """Run every contender once a round, in turn: {name: [value of each round]}."""
+    values = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
+        for name, f in contenders.items():
+            values[name].append(f())
+    return values
+
+
+def ratio(values, a, b):
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(values[a], values[b]))
+
+
+def peers(model, tokenizer, ids, tokens, threads):
+    """Decoding with transformers in bf16 and with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
+    out, missing = {}, []
+    path = fetch_smollm2()
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        c = model.config
+        config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+                             num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+                             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps,
+                             tie_word_embeddings=c.tied)
+        theirs = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
+        prompt = torch.tensor([ids])
+
+        class Clock:  # transformers calls it with every token as it comes
+            def put(self, value):
+                self.times.append(time.perf_counter())
+
+            def end(self):
+                pass
+
+        def run_transformers():
+            clock = Clock()
+            clock.times = []
+            theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens,
+                            do_sample=False, streamer=clock)
+            return statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
+
+        out["transformers bf16"] = run_transformers
+    except ImportError:
+        missing.append("transformers")
+    try:
+        from llama_cpp import Llama
+
+        llama = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+        def run_llama():
+            llama.reset()
+            llama.eval(ids)
+            seconds = []
+            for _ in range(tokens):
+                began = time.perf_counter()
+                llama.eval([llama.sample(temp=0.0)])
+                seconds.append(time.perf_counter() - began)
+            return statistics.median(seconds)
+
+        out["llama.cpp Q4_1"] = run_llama
+    except ImportError:
+        missing.append("llama-cpp-python")
+    return out, missing
+
+
+def read_bandwidth():
+    """GB/s of reading 1 GiB once, the best of 5."""
+    big, best = torch.ones(2**28), float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        big.sum()
+        best = min(best, time.perf_counter() - began)
+    return big.numel() * 4 / best / 1e9
+
+
+def speed(args):
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, device, torch.bfloat16)
+    model.quantize(real=True)
+    tokenizer.eos = ()  # every run makes all its tokens
+    L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
+    text = load_text("pydocs", "test")
+    ids = tokenizer.encode(text)
+    prompt, long_prompt = tokenizer.decode(ids[:64]), tokenizer.decode(ids[: min(512, model.config.block_size - 8)])
+    step = lambda policy=None: generate(model, tokenizer, prompt, policy, tokens)["step_s"]
+
+    # Tokens/s of each path and of the peers
+    uniform = {"all bf16": None, "all INT8": Fixed([2] * L), "all INT4": Fixed([1] * L), "all skipped": Fixed([4] + [0] * (L - 2) + [1])}
+    theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads) if args.model == "smollm2" else ({}, [])
+    for name in missing:
+        print(f"not installed, so not compared: {name}")
+    seconds = median_of(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
+    per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
+
+    # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
+    def no_blocks():
+        times = []
+        for _ in range(50):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                x = model.embed(torch.tensor([[1]], device=device)).view(1, -1)
+                model.rope(5, 1)
+                int(model.logits(model.norm(x))[0].argmax())
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    overhead = statistics.median(no_blocks() for _ in range(args.rounds)) * 1000
+    total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
+    table = {"4": (total["all bf16"] - overhead) / L, "2": (total["all INT8"] - overhead) / L, "1": (total["all INT4"] - overhead) / L}
+    table["0"] = (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2)
+
+    # Routed decoding against the same states known ahead, and what the latency table promises for them
+    routed, decision = [], 0.0
+    policy = Policy.load(args.policy).to(device)
+    policy.check(model)
+    for horizon in dict.fromkeys((policy.horizon, 1)):
+        for target in (1.33, 1.67, 2.0) if horizon == policy.horizon else (2.0,):
+            policy.horizon = horizon
+            policy.at(target)
+            out = generate(model, tokenizer, prompt, policy, tokens)
+            known = Fixed(out["states"][:, None], policy.scale)
+            values = median_of(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})
+            of_steps = out["states"][:, out["prompt_tokens"] :]
+            blocks = sum(float((of_steps == int(s)).float().mean()) * L * ms for s, ms in table.items())
+            if horizon == policy.settings.get("horizon"):
+                decision = max(decision, 1000 * statistics.median(a - b for a, b in zip(values["routed"], values["known"])))
+            routed.append({"horizon": horizon, "speedup_target": target, "cost": policy.settings.get("cost", "bits"),
+                           "speedup_bits": speedup_bits(of_steps, bit_costs(model.config)), "blocks_ms": blocks,
+                           "measured": ratio(values, "full", "routed"), "routed_over_known": ratio(values, "routed", "known")})
+    decision = max(0.0, decision)
+    for row in routed:
+        row["promised"] = total["all bf16"] / (overhead + decision + row.pop("blocks_ms"))
+        row["promised_over_measured"] = row["promised"] / row["measured"]
+    policy.horizon = policy.settings.get("horizon", 1)
+
+    # First token of a long prompt
+    first = lambda p: generate(model, tokenizer, long_prompt, p, 1)["first_token_s"]
+    policy.at(1.67)
+    values = median_of(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
+    sizes = model.bytes()
+    bandwidth = read_bandwidth()
+    weights = {"all bf16": sizes["4"], "all INT8": sizes["2"], "all INT4": sizes["1"]}
+    result = {
+        "tokens": tokens, "prompt_tokens": 64, "rounds": args.rounds, "policy": policy.settings, "tokens_per_second": per_second,
+        "ratios": {"bf16 / transformers bf16": ratio(seconds, "transformers bf16", "all bf16") if "transformers bf16" in seconds else None,
+                   "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
+                   "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},
+        "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
+        "first_token": {"prompt_tokens": len(tokenizer.encode(long_prompt)), "speedup_target": 1.67, "routed / full": ratio(values, "routed", "full"),
+                        "full_s": statistics.median(values["full"])},
+        "memory": {"bytes": sizes, "all precisions / bf16": sizes["all"] / sizes["bf16 model"]},
+        "bandwidth_gb_s": bandwidth,
+        "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
+    path = Path(args.results) / f"speed-{device.type}.json"
+    save_result(path, device, model, args.seed, **result)
+    speed_chart(path.with_suffix(".png"), result, device_name(device))
+    print(json.dumps({k: v for k, v in result.items() if k != "policy"}, indent=1))
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def speed_chart(path, result, device):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
+    bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
+    axes.margins(x=0.1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
 def main():
     p = Parser(__doc__)
-    p.add_argument("command", nargs="?", default="eval", choices=["eval"])
+    p.add_argument("command", nargs="?", default="eval", choices=["eval", "speed"])
     p.add_argument("--task", default="lm", choices=["lm", "wikitext2"], help="lm reads --file, or held-out pydocs without it")
     p.add_argument("--file", help="a UTF-8 text file for --task lm")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt and so on")
     p.add_argument("--method", default="dash", choices=METHODS)
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup in bits to aim at")
-    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
+    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash and for speed")
     p.add_argument("--model", default="smollm2")
     p.add_argument("--limit", type=int, help="windows of 1,024 tokens to evaluate, from the start (default 8)")
+    p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
+    p.add_argument("--results", default="results", help="speed: folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
-    p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    evaluate(p.parse_args())
+    p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
+    args = p.parse_args()
+    {"eval": evaluate, "speed": speed}[args.command](args)
 
 
 if __name__ == "__main__":

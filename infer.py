@@ -26,8 +26,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
-    run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (median
-    seconds), "tokens_per_second". `on_token(id, text, states)` is called as tokens come; text never ends in half a character.
+    run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
+    the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come; text never ends in half a character.
     ValueError for an empty prompt or one that leaves no room in the context.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)

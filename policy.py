@@ -16,7 +16,7 @@ Equation numbers are those of DASH (arXiv 2505.17420):
     (18)    at inference  s' = argmax q - mu cost                                           `Policy.decide`
     (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs             `plan`
 
-Everything in q but h takes few values. So E(i), E(i+1) act as a gain and a shift of the first hidden layer, looked up
+Everything in q but h takes few values. So E(i), E(i+1) act as a gain and a shift of the second hidden layer, looked up
 by block, and e(s), e(s') as a bias of the output, looked up by block and state: d -> 128 -> 128 -> 4 states in one go.
 The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
 """
@@ -51,6 +51,29 @@ def bit_costs(config):
     return torch.tensor([2 * kv * config.n_embd / block, 1.0, 2.0, 4.0])
 
 
+def latency_costs(path, device):
+    """The latency cost that `python bench.py speed` measured: milliseconds a block and state, in units of a quarter of state 4.
+
+    Returns costs (4,) with 4.0 for state 4, and what a token costs besides its blocks in the same units and summed over the
+    path: (full model, routed model with its decisions). FileNotFoundError or ValueError says what to run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: --cost latency needs the measured times; run python bench.py speed first")
+    try:
+        result = json.loads(Path(path).read_text())
+        table = result["latency_ms"]
+        unit = table["4"] / 4
+        costs = torch.tensor([table[str(int(s))] / unit for s in STATES])
+        overhead = (table["overhead"] / unit, (table["overhead"] + table["decision"]) / unit)
+        if not costs.isfinite().all() or not (costs > 0).all():
+            raise ValueError("times are not positive")
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"{path} holds no latency table ({e!r}); run python bench.py speed again") from None
+    if result.get("device") != device_name(device):
+        raise ValueError(f"{path} was measured on {result.get('device')}, this is {device_name(device)}; run python bench.py speed here")
+    return costs, overhead
+
+
 def mean_cost(states, costs):
     """states (L, ...) in 0, 1, 2, 4 -> mean cost of a block, a float."""
     share = torch.bincount(INDEX[states.long().cpu()].flatten(), minlength=4) / states.numel()
@@ -62,9 +85,14 @@ def speedup_bits(states, costs):
     return 4 / mean_cost(states, costs)
 
 
-def speedup_range(n_layer, costs):
-    """The speedups in bits that a policy can reach: all blocks in state 4, to all but first and last skipped."""
-    return 1.0, 4 * n_layer / float(4 + (n_layer - 2) * costs[0] + costs[1])
+def goal_cost(speedup, n_layer, overhead=(0.0, 0.0)):
+    """The mean cost of a block that gives a speedup of (4 L + overhead of full) / (L cost + overhead of routed)."""
+    return ((4 * n_layer + overhead[0]) / speedup - overhead[1]) / n_layer
+
+
+def most_speedup(n_layer, costs, overhead=(0.0, 0.0)):
+    """The highest speedup that a policy can reach: every block but the first and the last skipped, the last in INT4."""
+    return (4 * n_layer + overhead[0]) / float(4 + (n_layer - 2) * costs[0] + costs[1] + overhead[1])
 
 
 def state_shares(states):
@@ -80,8 +108,9 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped to +-`clamp`,
-    and two features of the position t, [t = 0] and 1 / (1 + t).
+    Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped to +-`CLAMP`,
+    and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators, however many
+    blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     """
 
     WIDTH, CLAMP = 128, 5.0
@@ -92,9 +121,9 @@ class Scorer(nn.Module):
         self.register_buffer("mean", torch.zeros(n_embd))
         self.register_buffer("std", torch.ones(n_embd))
         self.first = nn.Linear(n_embd + 2, self.WIDTH)
+        self.second = nn.Linear(self.WIDTH, self.WIDTH)
         self.gain = nn.Parameter(torch.ones(n_layer, self.WIDTH))
         self.shift = nn.Parameter(torch.zeros(n_layer, self.WIDTH))
-        self.second = nn.Linear(self.WIDTH, self.WIDTH)
         self.third = nn.Linear(self.WIDTH, 4, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s'
         self.register_buffer("smooth", (STATES[:, None] - STATES).abs() / 4, persistent=False)
@@ -102,18 +131,18 @@ class Scorer(nn.Module):
 
     def features(self, h, start):
         """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32."""
-        x = F.rms_norm(h.float(), h.shape[-1:], eps=1e-6)
-        x = ((x - self.mean) / self.std).clamp(-self.CLAMP, self.CLAMP)
-        t = torch.arange(start, start + h.shape[1], device=h.device)
-        position = torch.stack([(t == 0).float(), 1 / (1 + t.float())], dim=-1)
-        return torch.cat([x, position.expand(len(h), -1, -1)], dim=-1)
+        x = h.float()
+        x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        x = ((x - self.mean) / self.std).clamp_(-self.CLAMP, self.CLAMP)
+        t = torch.arange(start, start + h.shape[1], device=h.device)[None, :, None].expand(len(h), -1, -1)
+        return torch.cat([x, t == 0, 1 / (t + 1)], dim=-1)
 
     def forward(self, features, blocks):
-        """features (B, T, d + 2), blocks: g 0-based block numbers -> q (B, T, g, 4, 4), the last two s and s'."""
-        u = self.first(features)[..., None, :]
-        u = F.silu(u * self.gain[blocks] + self.shift[blocks])
-        q = self.third(F.silu(self.second(u)))[..., None, :] + self.bias[blocks]
-        return q - self.lam * self.smooth
+        """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> q (B, T, g, 4, 4), the last two s and s'."""
+        these = slice(blocks[0], blocks[-1] + 1)
+        u = self.second(F.silu(self.first(features)))[..., None, :]
+        q = self.third(F.silu(torch.addcmul(self.shift[these], u, self.gain[these])))
+        return q[..., None, :] + (self.bias[these] - self.lam * self.smooth)
 
 
 def plan(i, n_layer, horizon):
@@ -168,7 +197,8 @@ def random_states(shape, cost, costs, generator):
 class Policy:
     """A trained scorer with all that is needed to use it.
 
-    scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup;
+    scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup, in
+    the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
     mu: the price in use, a float or a (B,) tensor with one price a sequence; tau: None, or the temperature of sampling.
     """
@@ -206,7 +236,7 @@ class Policy:
         blocks = plan(i, len(self.scale), self.horizon)
         if not blocks:
             return
-        table = self.scorer(self.scorer.features(x, start), list(blocks))
+        table = self.scorer(self.scorer.features(x, start), blocks)
         self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, blocks, self.states[blocks[0] - 1])
 
     def choose(self, table, blocks, before):
@@ -293,9 +323,9 @@ def answer_reward(right):
     return right.float() * 2 - 1
 
 
-def efficiency_reward(states):
-    """R_eff(i) = 1 - s_i / 4 (Eq 15), any shape."""
-    return 1 - states.float() / 4
+def efficiency_reward(states, costs=STATES):
+    """R_eff(i) = 1 - s_i / 4 (Eq 15), any shape; with `latency_costs` the measured cost stands in for s_i."""
+    return 1 - costs.float()[INDEX.to(states.device)[states.long()]] / 4
 
 
 def block_weights(states):
@@ -307,9 +337,9 @@ def block_weights(states):
     return torch.sigmoid((spent[-1:] - spent) / (4 * len(states)))
 
 
-def rewards(states, r_acc, beta):
+def rewards(states, r_acc, beta, costs=STATES):
     """R_i = w_i R_acc + beta R_eff(i) (Eq 12): states (L, ...), r_acc (...) -> (L, ...)."""
-    return block_weights(states) * r_acc + beta * efficiency_reward(states)
+    return block_weights(states) * r_acc + beta * efficiency_reward(states, costs)
 
 
 def returns(R):

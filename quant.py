@@ -96,15 +96,15 @@ def fake_quantize(weight, state):
 # Real kernels
 
 
-MANY = 32  # rows from which a product in bf16 with the codes cast to bf16 beats int8pack (measured, results/NOTES.md)
+MANY = 24  # rows from which dequantising to bf16 and multiplying beats int8pack (measured, results/NOTES.md)
 
 
 class Int8Weight:
     """INT8 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so such a width
-    takes "reference", as does any other dtype or device. For many rows "int8pack" casts the codes, which bf16 holds
-    exactly, multiplies, and scales the result: the same sums from the matrix unit.
+    takes "reference", as does any other dtype or device. For many rows (a prompt) "int8pack" too dequantises: the
+    matrix product of bf16 is worth the detour.
     """
 
     def __init__(self, codes, scale, dtype):
@@ -120,7 +120,7 @@ class Int8Weight:
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
         if len(x) >= MANY:
-            return F.linear(x, self.codes.to(x.dtype)).mul_(self.scale)
+            return F.linear(x, self.codes * self.scale[:, None])
         return torch._weight_int8pack_mm(x, self.codes, self.scale)
 
 

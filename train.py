@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data import load_text, windows
 from model import load
-from policy import (INDEX, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line,
-                    mean_cost, pick_device, plan, policy_gradient, random_states, read_safetensors, returns, rewards,
-                    save_result, speedup_bits, speedup_range, state_shares, temperature, total_loss, write_whole)
+from policy import (INDEX, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line, goal_cost,
+                    latency_costs, mean_cost, most_speedup, pick_device, plan, policy_gradient, random_states, read_safetensors, returns, rewards,
+                    save_result, speedup_bits, state_shares, temperature, total_loss, write_whole)
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0]  # speedups with a price
@@ -140,7 +140,7 @@ class Rollout(Policy):
         index, out = INDEX[self.states.long()], []
         for i, features in self.seen.items():
             blocks = plan(i, len(self.scale), self.horizon)
-            logp = (self.priced(self.scorer(features, list(blocks)), blocks) / self.tau).log_softmax(-1)
+            logp = (self.priced(self.scorer(features, blocks), blocks) / self.tau).log_softmax(-1)
             before, chosen = (index[blocks[0] - k : blocks[-1] + 1 - k].permute(1, 2, 0)[..., None] for k in (1, 0))
             logp = logp.gather(3, before[..., None].expand(-1, -1, -1, 1, 4))[..., 0, :]  # (B, T, g, 4): the row of s
             out.append(logp.gather(3, chosen)[..., 0].permute(2, 0, 1))
@@ -167,7 +167,7 @@ def learn(policy, model, pool, beta, steps, target_cost, checkpoint, log):
         policy.tau, policy.seen = temperature(step, steps), {}
         r_acc = accuracy_reward(target_log_probs(model, tokens, policy), nats[pick].repeat_interleave(ROLLOUTS, 0))
         states = policy.states[:, :, :-1]  # the last token of a window has no target, so no reward
-        G = returns(rewards(states, r_acc, beta))[1:]
+        G = returns(rewards(states, r_acc, beta, STATES if policy.settings["cost"] == "bits" else policy.costs))[1:]
         advantage = G - leave_one_out(G, ROLLOUTS)
         scale = advantage.std(dim=(1, 2), keepdim=True) + 1e-6  # ours: each block's advantages in units of their spread
         logp = policy.log_pi()[:, :, :-1]
@@ -241,12 +241,12 @@ class OpenLoop(Fixed):
     def decide(self, i, x, start):
         blocks = plan(i, len(self.scale), self.policy.horizon)
         if blocks:
-            self.tables[blocks] = self.policy.scorer(self.policy.scorer.features(x, start), list(blocks))
+            self.tables[blocks] = self.policy.scorer(self.policy.scorer.features(x, start), blocks)
 
 
 @torch.no_grad()
-def calibrate_prices(policy, model, tokens, targets, rounds=2):
-    """The price for every target speedup, closed loop: sets policy.prices to [(speedup, mu)].
+def calibrate_prices(policy, model, tokens, targets, goals, rounds=2):
+    """The price for every target speedup, closed loop: sets policy.prices to [(speedup, mu)]; goals are the mean costs wanted.
 
     Open loop first: with q of the full model's hidden states the cost at any mu is a look-up, so mu is found by bisection.
     Then all targets run at once, each with its own price and a copy of the tokens (n, T), and what the closed loop adds
@@ -269,7 +269,6 @@ def calibrate_prices(policy, model, tokens, targets, rounds=2):
             low, high = (mu, high) if open_cost(mu) > goal else (low, mu)
         return mu
 
-    goals = [4 / s for s in targets]
     aims = list(goals)
     best = [(float("inf"), 0.0)] * len(targets)
     for _ in tqdm(range(rounds), desc="prices", leave=False):
@@ -365,7 +364,8 @@ def arguments():
     p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
     p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, or a text file")
     p.add_argument("--data-dir", help="folder with wikitext2/train.txt and so on")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup in bits to train for and show (any is served later)")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
+    p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, default=1, help="blocks decided from one hidden state; 1 is the paper")
     p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
     p.add_argument("--out", default="out", help="folder to write into")
@@ -384,13 +384,14 @@ def main():
     train_text = load_text(args.data, "train", args.data_dir)
     test_text = load_text(args.data, "test", args.data_dir)
     model, tokenizer = load(args.model, device, torch.float32)
-    costs, L = bit_costs(model.config), model.config.n_layer
-    least, most = speedup_range(L, costs)
-    if not least < args.speedup <= min(most, TARGETS[-1]) or args.speedup < TARGETS[0]:
-        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {min(most, TARGETS[-1]):.3g}")
+    bits, L = bit_costs(model.config), model.config.n_layer
+    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
+    targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
+    if not targets or not targets[0] <= args.speedup <= targets[-1]:
+        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "steps": args.steps, "seed": args.seed,
-                "horizon": args.horizon, "objective": "rl", "fingerprint": model.fingerprint()}
+                "horizon": args.horizon, "objective": "rl", "cost": args.cost, "costs": costs.tolist(), "overhead": list(overhead), "fingerprint": model.fingerprint()}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
 
     size = min(WINDOW, model.config.block_size)
@@ -403,7 +404,7 @@ def main():
     model.quantize()
     damage = sensitivities(model, pool[:: max(1, len(pool) // 2)][:2], scale)
 
-    target_cost = 4 / args.speedup
+    target_cost = goal_cost(args.speedup, L, overhead)
     mu_nats, static = static_price(damage, costs, target_cost)
     unit = (damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9)
     scorer = Scorer(L, model.config.n_embd, LAM)
@@ -420,7 +421,7 @@ def main():
         learn(policy, model, pool, 4 * mu_nats, args.steps, target_cost, checkpoint, log)
 
     policy = Policy(policy.scorer, scale, costs, policy.fingerprint, horizon=args.horizon, settings=settings)
-    calibrate_prices(policy, model, pool[:: max(1, len(pool) // 4)][:4], [s for s in TARGETS if s <= most])
+    calibrate_prices(policy, model, pool[:: max(1, len(pool) // 4)][:4], targets, [goal_cost(s, L, overhead) for s in targets])
     policy.save(out / "policy.safetensors")
 
     policy.at(args.speedup)
@@ -428,7 +429,7 @@ def main():
     equal = lambda window: Fixed(random_states((L, *window.shape), mean_cost(policy.states, costs), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
-    rows = compare(model, test, [None, policy, Fixed(STATES[static], scale), equal, int8], costs)
+    rows = compare(model, test, [None, policy, Fixed(STATES[static], scale), equal, int8], bits)
     print_table(names, rows)
     log = [json.loads(line) for line in log_path.read_text().splitlines()]
     plot(out / "train.png", log, rows[1].pop("raw"), names, rows)

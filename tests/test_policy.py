@@ -1,5 +1,6 @@
 """Every equation against numbers worked out by hand."""
 
+import json
 import math
 
 import pytest
@@ -25,7 +26,26 @@ def test_speedup_in_bits_counts_every_token():
     assert P.speedup_bits(states, COSTS) == pytest.approx(4 * 3 * 2 / 12.0625)
     assert P.state_shares(states) == {"0": 1 / 6, "1": 1 / 3, "2": 1 / 6, "4": 1 / 3}
     assert P.speedup_bits(torch.tensor([4] + [1] * 29), COSTS) == pytest.approx(120 / 33)  # the paper's INT4, 3.64x
-    assert P.speedup_range(30, COSTS)[1] == pytest.approx(120 / (4 + 28 * 0.0625 + 1))
+    assert P.most_speedup(30, COSTS) == pytest.approx(120 / (4 + 28 * 0.0625 + 1))
+    assert P.goal_cost(2.0, 30) == 2.0
+
+
+def test_latency_cost_by_hand(tmp_path):
+    table = {"0": 0.1, "1": 0.2, "2": 0.3, "4": 0.8, "overhead": 2.0, "decision": 0.2}
+    file = tmp_path / "speed.json"
+    file.write_text(json.dumps({"device": P.device_name("cpu"), "latency_ms": table}))
+    costs, overhead = P.latency_costs(file, "cpu")
+    assert costs.tolist() == pytest.approx([0.5, 1.0, 1.5, 4.0]) and overhead == pytest.approx((10.0, 11.0))
+    goal = P.goal_cost(2.0, 10, overhead)  # full: 8 + 2 ms, so routed may take 5 ms, of which 2.2 are no block's
+    assert goal == pytest.approx((5 - 2.2) / 10 / 0.2)
+    with pytest.raises(FileNotFoundError, match="bench.py speed"):
+        P.latency_costs(tmp_path / "none.json", "cpu")
+    file.write_text(json.dumps({"device": "an abacus", "latency_ms": table}))
+    with pytest.raises(ValueError, match="abacus"):
+        P.latency_costs(file, "cpu")
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="bench.py speed"):
+        P.latency_costs(file, "cpu")
 
 
 def test_scorer_eq_8_by_hand():
@@ -38,20 +58,20 @@ def test_scorer_eq_8_by_hand():
         for p in scorer.parameters():
             p.zero_()
         scorer.first.weight[0] = torch.tensor([1.0, 1.0, 0.0, 0.0])
-        scorer.gain[1, 0], scorer.shift[1, 0] = 2.0, -1.0
         scorer.second.weight[0, 0], scorer.second.bias[0] = 0.5, 0.25
+        scorer.gain[1, 0], scorer.shift[1, 0] = 2.0, -1.0
         scorer.third.weight[:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
         scorer.bias[1, 3] = torch.tensor([0.0, 0.1, 0.2, 0.3])
     silu = lambda v: v / (1 + math.exp(-v))
-    v = silu(0.5 * silu(2 * 1.979899 - 1) + 0.25)
-    q = scorer(x, [1])[0, 0, 0, 3]  # block 2 (1-based), s = 4
+    v = silu(2 * (0.5 * silu(1.979899) + 0.25) - 1)
+    q = scorer(x, range(1, 2))[0, 0, 0, 3]  # block 2 (1-based), s = 4
     expected = [k * v + b - 0.4 * abs(s - 4) / 4 for k, b, s in zip((1, 2, 3, 4), (0, 0.1, 0.2, 0.3), (0, 1, 2, 4))]
     assert q.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_smoothness_is_the_distance_of_states():
     scorer = Scorer(2, 4, lam=1.0)
-    table = scorer(scorer.features(torch.randn(1, 1, 4), 0), [1])[0, 0, 0]
+    table = scorer(scorer.features(torch.randn(1, 1, 4), 0), range(1, 2))[0, 0, 0]
     assert torch.allclose(table, -torch.tensor([[0, .25, .5, 1], [.25, 0, .25, .75], [.5, .25, 0, .5], [1, .75, .5, 0]]))
 
 

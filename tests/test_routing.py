@@ -113,10 +113,10 @@ def test_a_price_per_sequence_is_that_price_alone(tiny):
     model, _ = load(str(tiny))
     policy = random_policy(model, 2)
     tokens = torch.randint(0, 300, (1, 20))
-    policy.mu = torch.tensor([-1.0, 0.2, 1.5])
+    policy.mu = torch.tensor([-9.0, 0.2, 9.0])
     model(tokens.repeat(3, 1), policy)
     together = policy.states.clone()
-    for n, mu in enumerate((-1.0, 0.2, 1.5)):
+    for n, mu in enumerate((-9.0, 0.2, 9.0)):
         policy.mu = mu
         model(tokens, policy)
         assert torch.equal(policy.states[:, 0], together[:, n])

@@ -93,7 +93,7 @@ def test_prices_meet_their_targets(tiny, some_text):
     model, tokenizer = load(str(tiny))
     policy = random_policy(model, 3, spread=0.5)
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:1024].view(4, 256)
-    train.calibrate_prices(policy, model, tokens, [1.3, 2.0, 3.0])
+    train.calibrate_prices(policy, model, tokens, [1.3, 2.0, 3.0], [4 / 1.3, 2.0, 4 / 3])
     for speedup in (1.3, 2.0, 3.0):
         model(tokens, policy.at(speedup))
         assert mean_cost(policy.states, bit_costs(model.config)) == pytest.approx(4 / speedup, rel=0.05)
