@@ -4,6 +4,7 @@
             the measured speedup of batch-1 decoding against the full model
     speed   milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
             bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
+    ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
     report  renders the README's tables from results/
 
 Perplexity uses fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU). Both run
@@ -22,10 +23,11 @@ from tqdm import tqdm
 import baselines
 from data import load_text, read_text, windows
 from infer import generate
-from model import fetch_smollm2, load, read_gguf
+from model import fetch_smollm2, load, read_gguf, read_json
 from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, pick_device, save_result, speedup_bits,
                     write_whole)
-from train import SAMPLE_TOKENS, SAMPLES, compare, profile
+from quant import fake_quantize
+from train import SAMPLE_TOKENS, SAMPLES, compare, profile, sensitivities
 
 METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "dash")
 WINDOW = 1024  # tokens of an evaluation window
@@ -272,9 +274,119 @@ def speed_chart(path, result, device):
     write_whole(path, buffer.getvalue())
 
 
+# ----------------------------------------------------------------------------------------------------------
+# ablation
+
+
+@torch.no_grad()
+def ablation(args):
+    """What single choices are worth: the form of a_i (Eq 7), and the INT8 head of generation."""
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, device, torch.float32)
+    model.quantize()
+    size = min(WINDOW, model.config.block_size)
+    train_text, test_text = load_text("pydocs", "train"), load_text("pydocs", "test")
+    found = profile(model, windows(tokenizer, train_text, SAMPLES, SAMPLE_TOKENS, spread=True).to(device))
+    few = windows(tokenizer, test_text, 1, min(256, size), spread=True).to(device)
+    skip = {}
+    for name, scale in (("none, a_i = 1", [1.0] * model.config.n_layer), ("least squares", found["least_squares"].tolist()),
+                        ("norm ratio", found["norm_ratio"].tolist())):
+        damage = sensitivities(model, few, scale, states=[0])[1:-1, 0]
+        skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
+    rows = windows(tokenizer, test_text, args.limit or 8, size).to(device)
+    [plain] = compare(model, rows, [None], bit_costs(model.config))
+    model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
+    [int8] = compare(model, rows, [None], bit_costs(model.config))
+    path = Path(args.results) / "ablation.json"
+    save_result(path, device, model, args.seed, text="held-out pydocs", skip_tokens=few.numel(), skip_kl=skip,
+                head_tokens=rows.numel(), head_nats={"16 bits": plain["nats"], "INT8": int8["nats"]})
+    print(json.dumps({"skip_kl": skip, "head_nats": [plain["nats"], int8["nats"]]}, indent=1))
+    print(f"wrote {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# report: the README's tables, from results/
+
+
+def report_train(r):
+    yield f"Held-out {r['settings']['data']}, {r['tokens']} tokens, fp32, INT4 and INT8 rounded to nearest; {about(r)}; {r['seconds']} s in all."
+    yield ""
+    yield "| | speedup in bits | nats | lost | KL to full | top-1 agreement | skip / INT4 / INT8 / full |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in r["rows"]:
+        shares = " / ".join(f"{100 * row['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))
+        yield (f"| {row['name']} | {row['speedup']:.2f}x | {row['nats']:.4f} | {row['nats'] - r['rows'][0]['nats']:+.4f} | {row['kl']:.4f} | "
+               f"{100 * row['top1']:.1f}% | {shares} |")
+
+
+def report_speed(r):
+    yield f"Batch 1, prompt of {r['prompt_tokens']} tokens, {r['tokens']} new ones, median step, {r['rounds']} alternating rounds, {r['threads']} threads; {about(r)}."
+    yield ""
+    yield "| path | tokens/s |"
+    yield "|---|---|"
+    for name, value in r["tokens_per_second"].items():
+        yield f"| {name} | {value:.1f} |"
+    yield ""
+    yield "| figure | goal | measured |"
+    yield "|---|---|---|"
+    goals = {"bf16 / transformers bf16": ">= 2.0", "INT4 / llama.cpp Q4_1": ">= 1.0", "INT8 / bf16": ">= 1.6", "INT4 / bf16": ">= 2.4"}
+    for name, goal in goals.items():
+        value = r["ratios"][name]
+        yield f"| {name} | {goal} | {'not installed' if value is None else f'{value:.2f}'} |"
+    for row in r["routed"]:
+        yield f"| routed / same states known ahead, horizon {row['horizon']}, {row['speedup_target']:g}x asked | {'<= 1.03' if row['horizon'] > 1 else 'reported'} | {row['routed_over_known']:.3f} |"
+    for row in r["routed"]:
+        if row["horizon"] > 1:
+            yield f"| promised / measured at {row['speedup_target']:g}x asked (measured {row['measured']:.2f}x) | 0.95 to 1.05 | {row['promised_over_measured']:.3f} |"
+    yield f"| weights in all three precisions / bf16 alone | <= 1.9 | {r['memory']['all precisions / bf16']:.2f} |"
+    yield f"| first token of {r['first_token']['prompt_tokens']}, routed at 1.67x / full | <= 1.1 | {r['first_token']['routed / full']:.2f} |"
+    ms = r["latency_ms"]
+    yield ""
+    yield (f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
+           f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Reading the weights at the {r['bandwidth_gb_s']:.0f} GB/s "
+           f"measured in the same run would allow {1 / r['share_of_bandwidth']['all bf16']:.1f}, {1 / r['share_of_bandwidth']['all INT8']:.1f} and "
+           f"{1 / r['share_of_bandwidth']['all INT4']:.1f} times the tokens/s of bf16, INT8 and INT4.")
+
+
+def report_ablation(r):
+    yield f"{r['text']}; {about(r)}."
+    yield ""
+    yield f"| scale a_i of a skipped block (Eq 6-7), {r['skip_tokens']} tokens | KL when one block is skipped: mean over blocks | median | worst |"
+    yield "|---|---|---|---|"
+    for name, v in r["skip_kl"].items():
+        yield f"| {name} | {v['mean']:.3f} | {v['median']:.3f} | {v['worst']:.2f} |"
+    yield ""
+    yield (f"Head of generation, {r['head_tokens']} tokens: {r['head_nats']['16 bits']:.4f} nats with the weights as loaded, "
+           f"{r['head_nats']['INT8']:.4f} in INT8.")
+
+
+def about(r):
+    return f"{r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}"
+
+
+REPORTS = {"train": report_train, "speed-cpu": report_speed, "ablation": report_ablation}
+
+
+def render(readme, results):
+    """The README's text with every part between <!-- NAME --> and <!-- /NAME --> made anew from results/NAME.json."""
+    for name, rows in REPORTS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin not in readme or end not in readme:
+            raise ValueError(f"README.md has no part between {begin.strip()} and {end}")
+        text = "\n".join(rows(read_json(Path(results) / f"{name}.json")))
+        readme = readme[: readme.index(begin) + len(begin)] + text + "\n" + readme[readme.index(end) :]
+    return readme
+
+
+def report(args):
+    text = render(Path("README.md").read_text(encoding="utf-8"), args.results)
+    write_whole("README.md", text.encode())
+    print("wrote README.md")
+
+
 def main():
     p = Parser(__doc__)
-    p.add_argument("command", nargs="?", default="eval", choices=["eval", "speed"])
+    p.add_argument("command", nargs="?", default="eval", choices=["eval", "speed", "ablation", "report"])
     p.add_argument("--task", default="lm", choices=["lm", "wikitext2"], help="lm reads --file, or held-out pydocs without it")
     p.add_argument("--file", help="a UTF-8 text file for --task lm")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt and so on")
@@ -289,7 +401,7 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
-    {"eval": evaluate, "speed": speed}[args.command](args)
+    {"eval": evaluate, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

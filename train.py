@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import load_text, windows
 from model import load
-from policy import (INDEX, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line, goal_cost,
+from policy import (INDEX, INDEX_OF, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line, goal_cost,
                     latency_costs, mean_cost, most_speedup, pick_device, plan, policy_gradient, random_states, read_safetensors, returns, rewards,
                     save_result, speedup_bits, state_shares, temperature, total_loss, write_whole)
 
@@ -30,7 +30,7 @@ TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3
 WINDOW = 256  # tokens of a training window
 POOL = 40  # training windows; their full-model log-likelihoods are computed once
 BATCH, ROLLOUTS = 2, 4  # windows a step, rollouts of each
-LR, ALPHA, LAM = 2e-3, 1.0, 0.05
+LR, ALPHA, LAM = 5e-4, 1.0, 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def kl(full, routed):
 
 
 @torch.no_grad()
-def sensitivities(model, tokens, scale):
+def sensitivities(model, tokens, scale, states=(0, 1, 2)):
     """KL to the full model, in nats a token, when one block alone runs in one state: (L, 4) over STATES.
 
     The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
@@ -102,7 +102,7 @@ def sensitivities(model, tokens, scale):
         x = block(x, B, [(4, None)], 1.0, rope)
     full = model.head(model.norm(x)).float().log_softmax(-1)
     for i in tqdm(range(1, L), desc="sensitivity", leave=False):
-        for k in range(1 if i == L - 1 else 0, 3):
+        for k in [INDEX_OF[s] for s in states if s or i < L - 1]:
             x = inputs[i]
             for j in range(i, L):
                 x = model.blocks[j](x, B, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope)
@@ -366,7 +366,7 @@ def arguments():
     p.add_argument("--data-dir", help="folder with wikitext2/train.txt and so on")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
-    p.add_argument("--horizon", type=int, default=1, help="blocks decided from one hidden state; 1 is the paper")
+    p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper; default all, one decision a token")
     p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
     p.add_argument("--out", default="out", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
@@ -377,7 +377,7 @@ def arguments():
 
 def main():
     args, began = arguments(), time.time()
-    if args.steps < 1 or args.horizon < 1:
+    if args.steps < 1 or (args.horizon or 1) < 1:
         raise ValueError("--steps and --horizon must be at least 1")
     device, out = pick_device(args.device), Path(args.out)
     torch.manual_seed(args.seed)
@@ -385,13 +385,14 @@ def main():
     test_text = load_text(args.data, "test", args.data_dir)
     model, tokenizer = load(args.model, device, torch.float32)
     bits, L = bit_costs(model.config), model.config.n_layer
+    horizon = min(args.horizon or L, L)
     costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets or not targets[0] <= args.speedup <= targets[-1]:
         raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "steps": args.steps, "seed": args.seed,
-                "horizon": args.horizon, "objective": "rl", "cost": args.cost, "costs": costs.tolist(), "overhead": list(overhead), "fingerprint": model.fingerprint()}
+                "horizon": horizon, "objective": "rl", "cost": args.cost, "costs": costs.tolist(), "overhead": list(overhead), "fingerprint": model.fingerprint()}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
 
     size = min(WINDOW, model.config.block_size)
@@ -411,7 +412,7 @@ def main():
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
     scorer.bias.data.copy_((-damage / unit)[:, None].expand(-1, 4, -1))
-    policy = Rollout(scorer.to(device), scale, costs, settings["fingerprint"], horizon=args.horizon, settings=settings)
+    policy = Rollout(scorer.to(device), scale, costs, settings["fingerprint"], horizon=horizon, settings=settings)
     policy.mu = float(mu_nats / unit)
 
     log_path = out / "train.jsonl"
@@ -420,7 +421,7 @@ def main():
     with open(log_path, "a") as log:
         learn(policy, model, pool, 4 * mu_nats, args.steps, target_cost, checkpoint, log)
 
-    policy = Policy(policy.scorer, scale, costs, policy.fingerprint, horizon=args.horizon, settings=settings)
+    policy = Policy(policy.scorer, scale, costs, policy.fingerprint, horizon=horizon, settings=settings)
     calibrate_prices(policy, model, pool[:: max(1, len(pool) // 4)][:4], targets, [goal_cost(s, L, overhead) for s in targets])
     policy.save(out / "policy.safetensors")
 
