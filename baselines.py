@@ -8,11 +8,13 @@ state 4 and never skip the last. A skipped block returns its input unscaled and 
     static_skip        the blocks whose input and output are most similar, skipped for every token (ShortGPT, arXiv
                        2403.03853; the paper's "naive static skipping")
     random_skip        each block skipped at random, token by token (the paper's Random Skip)
+    random_mix         each block in INT4 or INT8 at random, token by token, at the cost asked for
+    static_mix         one state a block for all tokens, the best by the policy's mean labels (its file keeps them)
 """
 
 import torch
 
-from policy import Fixed
+from policy import Fixed, random_states, static_plan
 
 
 def full(L, speedup, costs, similarity, seed):
@@ -52,3 +54,12 @@ def random_skip(L, speedup, costs, similarity, seed):
         return Fixed(states)
 
     return draw
+
+
+def random_mix(L, speedup, costs, similarity, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda tokens: Fixed(random_states((L, *tokens.shape), 4 / speedup, costs, generator))
+
+
+def static_mix(L, speedup, costs, damage, seed):
+    return Fixed(static_plan(damage, costs, 4 / speedup)[1])

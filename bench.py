@@ -2,6 +2,7 @@
 
     eval    one method on one task: perplexity in windows of the text, the speedup in bits over all tokens of the run, and
             the measured speedup of batch-1 decoding against the full model
+    frontier  what is lost at six speedups: random states, the best static plan, the policy; results/frontier.json and .png
     speed   milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
             bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
     ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
@@ -11,13 +12,13 @@ Perplexity uses fp32 and dequantised weights in parallel passes; decoding uses t
 the same routed forward.
 """
 
-import io
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
@@ -27,9 +28,9 @@ from model import fetch_smollm2, load, read_gguf, read_json
 from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, pick_device, save_result, speedup_bits,
                     write_whole)
 from quant import fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, compare, profile, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, compare, profile, save_figure, sensitivities
 
-METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "dash")
+METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "random_mix", "dash")
 WINDOW = 1024  # tokens of an evaluation window
 
 
@@ -43,13 +44,33 @@ def make_policy(method, model, tokenizer, args, calibration):
     if method == "static_skip":
         baselines.skips(model.config.n_layer, args.speedup, bit_costs(model.config))  # out of reach: say so before measuring
         similarity = profile(model, windows(tokenizer, calibration, SAMPLES, SAMPLE_TOKENS, spread=True))["similarity"]
+    if method == "static_mix":
+        policy = Policy.load(args.policy)
+        policy.check(model)
+        similarity = damage_of(policy, args)
     return getattr(baselines, method)(model.config.n_layer, args.speedup, bit_costs(model.config), similarity, args.seed)
+
+
+def damage_of(policy, args):
+    """The static damage (L, 4) that train.py left in a policy file."""
+    if "damage" not in policy.settings:
+        raise ValueError(f"{args.policy} has no static damage, which static_mix goes by; train it again with train.py")
+    return torch.tensor(policy.settings["damage"])
+
+
+def codes_of(args, model):
+    """The INT4 codes that every method uses: those of the policy at --policy, if it is there and this model's, else nearest."""
+    if Path(args.policy).is_file():
+        policy = Policy.load(args.policy)
+        if policy.fingerprint == model.fingerprint():
+            return policy.int4
+    return None
 
 
 def measured_speedup(args, policy, prompt, tokens=24, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     model, tokenizer = load(args.model, args.device, torch.bfloat16)
-    model.quantize(real=True)
+    model.quantize(real=True, int4=codes_of(args, model))
     ids = torch.zeros(1, tokens + 64)
     routed = policy(ids) if callable(policy) else policy
     text = tokenizer.decode(tokenizer.encode(prompt)[:32])
@@ -73,20 +94,69 @@ def evaluate(args):
     model, tokenizer = load(args.model, args.device, torch.float32)
     policy = make_policy(args.method, model, tokenizer, args, calibration)
     rows = windows(tokenizer, text, args.limit or 8, min(WINDOW, model.config.block_size), args.file or args.task).to(args.device)
-    model.quantize()
-    costs = bit_costs(model.config)
+    model.quantize(int4=codes_of(args, model))
+    costs, codes = bit_costs(model.config), model.int4 or "nearest"
     full, row = compare(model, rows, [None, policy], costs)
     del model
     value, value_full = (torch.tensor(r["nats"]).exp().item() for r in (row, full))
     measured = 1.0 if args.method == "full" else measured_speedup(args, policy, text)
     print(f"{args.task}, {args.method}: perplexity {value:.3f} (full model {value_full:.3f}), KL {row['kl']:.4f} nats, "
-          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(rows)} windows of {rows.shape[1]} tokens")
+          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(rows)} windows of {rows.shape[1]} tokens, "
+          f"INT4 codes: {codes}")
     if args.json:
         print(json.dumps({
             "task": args.task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
             "speedup_measured": measured, "metric": "perplexity", "value": value, "value_full": value_full, "kl": row["kl"],
-            "top1": row["top1"], "n": len(rows), "tokens": rows.numel(), "states": row["states"], "device": str(args.device),
+            "top1": row["top1"], "int4": codes, "n": len(rows), "tokens": rows.numel(), "states": row["states"], "device": str(args.device),
             "model": args.model}))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# frontier
+
+SPEEDUPS = (1.67, 2.0, 2.29, 2.67, 3.2, 3.5)
+
+
+def frontier(args):
+    """Nats lost and KL against speedup: random states, the best static plan, the policy; same codes, same states, same K/V."""
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, device, torch.float32)
+    policy = Policy.load(args.policy).to(device)
+    policy.check(model)
+    model.quantize(int4=policy.int4)
+    task = "wikitext2" if args.data_dir else "pydocs"
+    rows = windows(tokenizer, load_text(task, "test", args.data_dir), args.limit or 8, min(WINDOW, model.config.block_size)).to(device)
+    L, costs, damage = model.config.n_layer, bit_costs(model.config), damage_of(policy, args)
+    contenders, names = [None, baselines.int8(L, 0, costs, None, 0), baselines.int4(L, 0, costs, None, 0)], ["full", "int8", "int4"]
+    for speedup in SPEEDUPS:
+        names += ["random_mix", "static_mix", "dash"]
+        # one price a call: a policy is asked for its own price just before each window
+        contenders += [baselines.random_mix(L, speedup, costs, None, args.seed), baselines.static_mix(L, speedup, costs, damage, 0),
+                       lambda window, s=speedup: policy.at(s)]
+    results = compare(model, rows, contenders, costs)
+    targets = [None] * 3 + [s for s in SPEEDUPS for _ in range(3)]
+    table = [{"method": n, "target": t} | {k: v for k, v in r.items() if k != "raw"} for n, t, r in zip(names, targets, results)]
+    path = Path(args.results) / "frontier.json"
+    save_result(path, device, model, args.seed, text=f"{task}, test", tokens=rows.numel(), policy=policy.settings, rows=table)
+    frontier_chart(path.with_suffix(".png"), table, task)
+    for row in table:
+        print(f"{row['method']:12} {row['speedup']:5.2f}x {row['nats'] - table[0]['nats']:+.4f} nats, KL {row['kl']:.4f}")
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+def frontier_chart(path, table, task):
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method, color, label in (("random_mix", "tab:gray", "random states"), ("static_mix", "tab:orange", "best static plan"),
+                                 ("dash", "tab:blue", "DASH, per token")):
+        rows = [r for r in table if r["method"] == method]
+        axes.plot([r["speedup"] for r in rows], [r["kl"] for r in rows], marker="o", color=color, label=label)
+    for r in table[1:3]:
+        axes.plot(r["speedup"], r["kl"], marker="s", color="black", linestyle="none")
+        axes.annotate(f"all {r['method'].upper()}", (r["speedup"], r["kl"]), xytext=(-6, 8), textcoords="offset points", ha="right")
+    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", ylim=(0, None))
+    axes.legend()
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -174,7 +244,9 @@ def read_bandwidth():
 def speed(args):
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.bfloat16)
-    model.quantize(real=True)
+    policy = Policy.load(args.policy).to(device)
+    policy.check(model)
+    model.quantize(real=True, int4=policy.int4)
     tokenizer.eos = ()  # every run makes all its tokens
     L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
     text = load_text("pydocs", "test")
@@ -208,9 +280,7 @@ def speed(args):
     table["0"] = (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
-    routed, decision = [], 0.0
-    policy = Policy.load(args.policy).to(device)
-    policy.check(model)
+    routed, decisions = [], []
     for horizon in dict.fromkeys((policy.horizon, 1)):
         for target in (1.33, 1.67, 2.0) if horizon == policy.horizon else (2.0,):
             policy.horizon = horizon
@@ -221,11 +291,11 @@ def speed(args):
             of_steps = out["states"][:, out["prompt_tokens"] :]
             blocks = sum(float((of_steps == int(s)).float().mean()) * L * ms for s, ms in table.items())
             if horizon == policy.settings.get("horizon"):
-                decision = max(decision, 1000 * statistics.median(a - b for a, b in zip(values["routed"], values["known"])))
+                decisions += [1000 * (a - b) for a, b in zip(values["routed"], values["known"])]
             routed.append({"horizon": horizon, "speedup_target": target, "cost": policy.settings.get("cost", "bits"),
                            "speedup_bits": speedup_bits(of_steps, bit_costs(model.config)), "blocks_ms": blocks,
                            "measured": ratio(values, "full", "routed"), "routed_over_known": ratio(values, "routed", "known")})
-    decision = max(0.0, decision)
+    decision = max(0.0, statistics.median(decisions))
     for row in routed:
         row["promised"] = total["all bf16"] / (overhead + decision + row.pop("blocks_ms"))
         row["promised_over_measured"] = row["promised"] / row["measured"]
@@ -257,21 +327,15 @@ def speed(args):
 
 
 def speed_chart(path, result, device):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
     ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
     bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
     axes.margins(x=0.1)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -309,7 +373,7 @@ def ablation(args):
 
 
 def report_train(r):
-    yield f"Held-out {r['settings']['data']}, {r['tokens']} tokens, fp32, INT4 and INT8 rounded to nearest; {about(r)}; {r['seconds']} s in all."
+    yield f"Held-out {r['settings']['data']}, {r['tokens']} tokens, fp32, INT4 by GPTQ, objective {r['settings']['objective']}; {about(r)}; {r['seconds']} s in all."
     yield ""
     yield "| | speedup in bits | nats | lost | KL to full | top-1 agreement | skip / INT4 / INT8 / full |"
     yield "|---|---|---|---|---|---|---|"
@@ -317,6 +381,21 @@ def report_train(r):
         shares = " / ".join(f"{100 * row['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))
         yield (f"| {row['name']} | {row['speedup']:.2f}x | {row['nats']:.4f} | {row['nats'] - r['rows'][0]['nats']:+.4f} | {row['kl']:.4f} | "
                f"{100 * row['top1']:.1f}% | {shares} |")
+
+
+def report_frontier(r):
+    yield f"{r['text']}, {r['tokens']} tokens in windows of 1,024, trained on {r['policy']['data']}, horizon {r['policy']['horizon']}; {about(r)}. Full model {r['rows'][0]['nats']:.4f} nats."
+    yield ""
+    yield "| speedup in bits | random: nats lost, KL | best static plan | DASH | DASH / static, nats and KL |"
+    yield "|---|---|---|---|---|"
+    full = r["rows"][0]["nats"]
+    cell = lambda row: f"{row['nats'] - full:+.4f}, {row['kl']:.4f} ({row['speedup']:.2f}x)"
+    for n in range(3, len(r["rows"]), 3):
+        random, static, dash = r["rows"][n : n + 3]
+        yield (f"| {random['target']:g}x | {cell(random)} | {cell(static)} | {cell(dash)} | {(dash['nats'] - full) / (static['nats'] - full):.2f}, "
+               f"{dash['kl'] / static['kl']:.2f} |")
+    for row in r["rows"][1:3]:
+        yield f"| all {row['method'].upper()} | | {cell(row)} | | |"
 
 
 def report_speed(r):
@@ -364,7 +443,7 @@ def about(r):
     return f"{r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}"
 
 
-REPORTS = {"train": report_train, "speed-cpu": report_speed, "ablation": report_ablation}
+REPORTS = {"train": report_train, "frontier": report_frontier, "speed-cpu": report_speed, "ablation": report_ablation}
 
 
 def render(readme, results):
@@ -386,7 +465,7 @@ def report(args):
 
 def main():
     p = Parser(__doc__)
-    p.add_argument("command", nargs="?", default="eval", choices=["eval", "speed", "ablation", "report"])
+    p.add_argument("command", nargs="?", default="eval", choices=["eval", "frontier", "speed", "ablation", "report"])
     p.add_argument("--task", default="lm", choices=["lm", "wikitext2"], help="lm reads --file, or held-out pydocs without it")
     p.add_argument("--file", help="a UTF-8 text file for --task lm")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt and so on")
@@ -401,7 +480,7 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
-    {"eval": evaluate, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
+    {"eval": evaluate, "frontier": frontier, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
-    the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come; text never ends in half a character.
-    ValueError for an empty prompt or one that leaves no room in the context.
+    the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
+    its text never ends in half a character. ValueError for an empty prompt or one that leaves no room in the context.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     room = model.config.block_size - len(ids)
@@ -127,7 +127,7 @@ def main():
     model, tokenizer = load(args.model, device, torch.bfloat16)
     if policy:
         policy.check(model)
-        model.quantize(real=True)
+        model.quantize(real=True, int4=policy.int4)
     costs, color = bit_costs(model.config), sys.stdout.isatty()
 
     def stream(token, text, states):

@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import Int8Weight, RoutedLinear, quantize_int8
+from quant import Int8Weight, RoutedLinear, quantize_int8, unpack_nibbles
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,6 +184,9 @@ class Block(nn.Module):
         self.gate_up = RoutedLinear(c.n_embd, 2 * c.n_hidden)
         self.down = RoutedLinear(c.n_hidden, c.n_embd)
 
+    def linears(self):
+        return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+
     def project(self, x, s):
         return self.qkv(x, s) if s else F.pad(self.qkv.fill(x), (self.q_size, 0))
 
@@ -251,17 +254,24 @@ class LLM(nn.Module):
             self.head.weight = self.embed.weight
         self.quantized, self.rope_table, self.head_int8 = False, None, None
 
-    def quantize(self, real=False):
+    @torch.inference_mode(False)
+    def quantize(self, real=False, int4=None):
         """Give every block its INT8 and INT4 weights: real kernels, or dequantised weights for whole sequences.
 
-        With real kernels `logits` uses an INT8 head: reading 16-bit weights of the head would cost a tenth of a token.
+        int4: None rounds to nearest; else a name that `codes_file` gave to codes which train.py chose and cached.
+        FileNotFoundError or ValueError when they are not there. With real kernels `logits` uses an INT8 head: reading
+        16-bit weights of the head would cost a tenth of a token.
         """
-        for block in self.blocks:
-            block.qkv.quantize(real, fill_from=block.q_size)
-            for linear in (block.o, block.gate_up, block.down):
-                linear.quantize(real)
+        codes = {} if int4 is None else read_codes(self.codes_file(int4), self.embed.weight.device)
+        for i, block in enumerate(self.blocks):
+            for name, linear in block.linears().items():
+                linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
         self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype) if real else None
-        self.quantized = True
+        self.quantized, self.int4 = True, int4
+
+    def codes_file(self, name):
+        """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
+        return cache_folder() / f"int4-{self.fingerprint()}-{name}.safetensors"
 
     def logits(self, hidden):
         """The head of generation: (n, C) -> (n, vocab) fp32; the same for the full and the routed model."""
@@ -270,11 +280,12 @@ class LLM(nn.Module):
     def rope(self, start, T):
         """cos and signed sin (T, 1, head_dim) of positions start..start+T-1, in the model's dtype, computed in fp32."""
         if self.rope_table is None:
-            c, weight = self.config, self.embed.weight
-            frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=weight.device).float() / c.head_dim)
-            angle = torch.outer(torch.arange(c.block_size, device=weight.device).float(), frequency)[:, None]
-            cos, sin = angle.cos(), angle.sin()
-            self.rope_table = [torch.cat(t, -1).to(weight.dtype) for t in ((cos, cos), (-sin, sin))]
+            with torch.inference_mode(False):  # generation may come first, and training must be able to use it too
+                c, weight = self.config, self.embed.weight
+                frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=weight.device).float() / c.head_dim)
+                angle = torch.outer(torch.arange(c.block_size, device=weight.device).float(), frequency)[:, None]
+                cos, sin = angle.cos(), angle.sin()
+                self.rope_table = [torch.cat(t, -1).to(weight.dtype) for t in ((cos, cos), (-sin, sin))]
         return [t[start : start + T] for t in self.rope_table]
 
     def hidden(self, tokens, policy=None, cache=None):
@@ -289,7 +300,7 @@ class LLM(nn.Module):
             raise ValueError(f"{start + T} tokens are more than this model's context of {self.config.block_size}")
         if policy is not None:
             if not self.quantized:
-                self.quantize()
+                self.quantize(int4=policy.int4)
             policy.states = torch.full((len(self.blocks), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x, rope, full = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)]
         for i, block in enumerate(self.blocks):
@@ -580,6 +591,22 @@ def fetch_from_hub(name):
     except (errors.LocalEntryNotFoundError, OSError, errors.HfHubHTTPError) as e:
         reason = str(e).strip().splitlines()[0][:120]
         raise OSError(f"{name} is not in the cache and the hub cannot be reached ({reason})") from None
+
+
+def read_codes(path, device):
+    """Cached INT4 codes -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the path and the remedy."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the INT4 weights that this policy was trained with; make them again with train.py")
+    try:
+        tensors = {k: t.to(device) for k, t in load_file(path).items()}
+        names = {k.rsplit(".", 1)[0] for k in tensors}
+        width = lambda n: int(tensors[n + ".width"])
+        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e}); delete it and run train.py again") from None
 
 
 # The default model: a real LLM inside a PyPI package, so that the first run needs no hub.

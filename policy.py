@@ -108,12 +108,13 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped to +-`CLAMP`,
-    and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators, however many
-    blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
+    q is minus the damage that running block i in s' is expected to do, in nats, so FP16 has q = 0; the network gives the
+    damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
+    to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
+    however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     """
 
-    WIDTH, CLAMP = 128, 5.0
+    WIDTH, CLAMP, DROPOUT = 128, 5.0, 0.1
 
     def __init__(self, n_layer, n_embd, lam=0.0):
         super().__init__()
@@ -125,24 +126,32 @@ class Scorer(nn.Module):
         self.gain = nn.Parameter(torch.ones(n_layer, self.WIDTH))
         self.shift = nn.Parameter(torch.zeros(n_layer, self.WIDTH))
         self.third = nn.Linear(self.WIDTH, 4, bias=False)
-        self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s'
+        self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s': the logarithm of the static damage
         self.register_buffer("smooth", (STATES[:, None] - STATES).abs() / 4, persistent=False)
+        self.register_buffer("sign", torch.tensor([-1.0, -1.0, -1.0, 0.0]), persistent=False)
         nn.init.zeros_(self.third.weight)
+        self.eval()
 
     def features(self, h, start):
         """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32."""
         x = h.float()
         x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         x = ((x - self.mean) / self.std).clamp_(-self.CLAMP, self.CLAMP)
-        t = torch.arange(start, start + h.shape[1], device=h.device)[None, :, None].expand(len(h), -1, -1)
-        return torch.cat([x, t == 0, 1 / (t + 1)], dim=-1)
+        position = torch.tensor([[float(t == 0), 1 / (1 + t)] for t in range(start, start + h.shape[1])], device=h.device)
+        return torch.cat([x, position.expand(len(h), -1, -1)], dim=-1)
+
+    def log_damage(self, features, blocks):
+        """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> (B, T, g, 4, 4), the last two s and s'."""
+        these = slice(blocks[0], blocks[-1] + 1)
+        u = F.silu(self.first(features))
+        if self.training:
+            u = F.dropout(u, self.DROPOUT)
+        v = F.silu(torch.addcmul(self.shift[these], self.second(u)[..., None, :], self.gain[these]))
+        return self.third(v)[..., None, :] + self.bias[these]
 
     def forward(self, features, blocks):
-        """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> q (B, T, g, 4, 4), the last two s and s'."""
-        these = slice(blocks[0], blocks[-1] + 1)
-        u = self.second(F.silu(self.first(features)))[..., None, :]
-        q = self.third(F.silu(torch.addcmul(self.shift[these], u, self.gain[these])))
-        return q[..., None, :] + (self.bias[these] - self.lam * self.smooth)
+        """q(s' | h, i, s), shapes as `log_damage`."""
+        return self.log_damage(features, blocks).exp() * self.sign - self.lam * self.smooth
 
 
 def plan(i, n_layer, horizon):
@@ -163,13 +172,14 @@ def plan(i, n_layer, horizon):
 class Fixed:
     """States given beforehand: (L,) the same for every token, or (L, B, T) as recorded from an earlier call.
 
-    Any object with these three members is a policy: `states`, which the model sets to a fresh (L, B, T) uint8 tensor
-    of 4s at every call; `scale`, a_i per block; and `decide(i, x, start)`, called before block i with its input
-    x (B, T, C), whose first token has position `start`: it writes into `states` for block i or any later one.
+    Any object with these four members is a policy: `int4`, the name of cached INT4 codes or None (`LLM.quantize`);
+    `states`, which the model sets to a fresh (L, B, T) uint8 tensor of 4s at every call; `scale`, a_i per block; and
+    `decide(i, x, start)`, called before block i with its input x (B, T, C), whose first token has position `start`: it
+    writes into `states` for block i or any later one.
     """
 
     def __init__(self, states, scale=None):
-        self.given = torch.as_tensor(states, dtype=torch.uint8)
+        self.given, self.int4 = torch.as_tensor(states, dtype=torch.uint8), None
         self.scale = [1.0] * len(self.given) if scale is None else scale
         self.states = None
 
@@ -194,6 +204,29 @@ def random_states(shape, cost, costs, generator):
     return STATES[pick].to(torch.uint8)
 
 
+def static_plan(damage, costs, target):
+    """The best single plan for all tokens at a mean cost, if damage adds up: (price mu, states (L,) uint8).
+
+    damage and costs (L, 4) and (4,), over STATES. `argmin damage + mu cost` for the lowest price that keeps within the target,
+    then what is left of the budget goes to the blocks where it saves most.
+    """
+    L, damage, costs = len(damage), damage.clone(), costs.cpu()
+    damage[0, :3], damage[-1, 0] = math.inf, math.inf  # the first block runs in state 4, the last is never skipped
+    low, high = 0.0, 1e4
+    for _ in range(80):
+        mu = (low + high) / 2
+        low, high = (mu, high) if float(costs[(damage + mu * costs).argmin(-1)].sum()) > target * L else (low, mu)
+    pick = (damage + high * costs).argmin(-1)
+    while True:
+        gain = damage.gather(1, pick[:, None]) - damage
+        extra = costs - costs[pick][:, None]
+        fits = (extra > 0) & (gain > 0) & (costs[pick].sum() + extra <= target * L + 1e-6)
+        if not fits.any():
+            return high, STATES[pick].to(torch.uint8)
+        best = torch.where(fits, gain / extra, -math.inf).flatten().argmax()
+        pick[best // 4] = best % 4
+
+
 class Policy:
     """A trained scorer with all that is needed to use it.
 
@@ -207,6 +240,7 @@ class Policy:
         self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
         self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
         self.mu, self.tau, self.generator, self.states = 0.0, None, None, None
+        self.int4 = self.settings.get("int4")
 
     def at(self, speedup):
         """Use the price for this speedup in bits and return self. ValueError when no price was calibrated for it."""
@@ -325,7 +359,7 @@ def answer_reward(right):
 
 def efficiency_reward(states, costs=STATES):
     """R_eff(i) = 1 - s_i / 4 (Eq 15), any shape; with `latency_costs` the measured cost stands in for s_i."""
-    return 1 - costs.float()[INDEX.to(states.device)[states.long()]] / 4
+    return 1 - costs.to(states.device).float()[INDEX.to(states.device)[states.long()]] / 4
 
 
 def block_weights(states):

@@ -8,7 +8,8 @@ A block of the model can run in one of three precisions (the MDP's states, see p
 
 Three things are kept apart on purpose:
 
-    rounding   `quantize_int8`, `quantize_int4`: a weight becomes codes, scales and zeros. Scales and zeros are
+    rounding   `quantize_int8`, `quantize_int4` (to nearest), `gptq_int4` (so that the layer's *output* changes least):
+               a weight becomes codes, scales and zeros. Scales and zeros are
                rounded to bf16 *before* the codes are chosen, so that the same codes mean the same weights to the
                fake path (any dtype) and to the kernels (which want scales in the activations' type, bf16).
     fake       `fake_quantize`: the dequantised weight, with a straight-through gradient; a plain matrix product.
@@ -16,8 +17,9 @@ Three things are kept apart on purpose:
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; every other case takes the path
                named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
 
-Sources: straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432); the (codes - 8) * scale + zero form is
-that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices that are ours").
+Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
+the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
+that are ours").
 """
 
 import torch
@@ -77,6 +79,54 @@ def dequantize_int4(codes, scale, zero, group=GROUP):
     return (codes.float() - 8) * scale + zero
 
 
+def clipped_range(w, importance):
+    """Scale and zero of one group of inputs: the best of 7 x 7 ways to clip its minimum and maximum (0.7 to 1).
+
+    w (N, group), importance (group,) the Hessian's diagonal -> scale, zero (N,) fp32 holding bf16 values (ours).
+    """
+    low, high, best = w.amin(1), w.amax(1), None
+    for a in torch.linspace(0.7, 1, 7).tolist():
+        for b in torch.linspace(0.7, 1, 7).tolist():
+            scale = _bf16((b * high - a * low) / 15).clamp(min=1e-20)
+            zero = _bf16(a * low + 8 * scale)
+            rounded = ((w - zero[:, None]) / scale[:, None]).round_().clamp_(-8, 7).mul_(scale[:, None]).add_(zero[:, None])
+            error = rounded.sub_(w).square_() @ importance
+            if best is None:
+                best = [error, scale, zero]
+            else:
+                better = error < best[0]
+                best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
+    return best[1:]
+
+
+def gptq_int4(weight, hessian, group=GROUP, damping=0.01):
+    """GPTQ: round one input after the other and let the inputs still to come make up for the error.
+
+    weight (N, K), hessian (K, K) fp32, the sum of x x^T over calibration inputs -> codes, scale, zero as `quantize_int4`.
+    Scale and zero are chosen by `clipped_range` when their group is reached; inputs keep their order.
+    """
+    w, K = weight.detach().float().clone(), weight.shape[1]
+    diagonal = hessian.diagonal().clone()
+    h = hessian.double()
+    h.diagonal().add_(damping * diagonal.double().mean().clamp(min=1e-12))
+    # fp64: accumulated in less, the matrix is not positive definite
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    codes, scales, zeros = torch.empty_like(w), [], []
+    for start in range(0, K, group):
+        end = min(start + group, K)
+        scale, zero = clipped_range(w[:, start:end], diagonal[start:end])
+        errors = torch.empty(len(w), end - start, device=w.device)
+        for j in range(start, end):
+            code = ((w[:, j] - zero) / scale + 8).round().clamp(0, 15)
+            error = (w[:, j] - ((code - 8) * scale + zero)) / inverse[j, j]
+            w[:, j:end] -= torch.outer(error, inverse[j, j:end])
+            codes[:, j], errors[:, j - start] = code, error
+        w[:, end:] -= errors @ inverse[start:end, end:]
+        scales.append(scale)
+        zeros.append(zero)
+    return codes.to(torch.uint8), torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Fake quantisation
 
@@ -124,6 +174,17 @@ class Int8Weight:
         return torch._weight_int8pack_mm(x, self.codes, self.scale)
 
 
+def pack_nibbles(codes):
+    """(N, K) uint8 in 0..15 -> (N, ceil(K / 2)) uint8, two to a byte."""
+    even = F.pad(codes, (0, codes.shape[1] % 2))
+    return even[:, ::2] | even[:, 1::2] << 4
+
+
+def unpack_nibbles(packed, K):
+    """The inverse of `pack_nibbles`: (N, ceil(K / 2)) -> (N, K)."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :K]
+
+
 class Int4Weight:
     """INT4 codes, two to a byte, and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
@@ -139,8 +200,7 @@ class Int4Weight:
             self.codes = torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
             self.scale_zero = torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
         else:
-            even = F.pad(codes, (0, K % 2))
-            self.codes = even[:, ::2] | even[:, 1::2] << 4
+            self.codes = pack_nibbles(codes)
             self.scale_zero = torch.stack([scale, zero]).to(dtype)
             self.width = K
 
@@ -149,8 +209,7 @@ class Int4Weight:
 
     def __call__(self, x):
         if self.kernel == "reference":
-            codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)[:, : self.width]
-            return F.linear(x, dequantize_int4(codes, *self.scale_zero).to(x.dtype))
+            return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
         return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
 
 
@@ -195,10 +254,13 @@ class RoutedLinear(nn.Module):
         return y if self.bias is None else y + self.bias[-y.shape[-1]:]
 
     @torch.no_grad()
-    def quantize(self, real, fill_from=None):
-        """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights."""
+    def quantize(self, real, fill_from=None, int4=None):
+        """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights.
+
+        int4: (codes, scale, zero) chosen elsewhere, such as by `gptq_int4`; None rounds to nearest.
+        """
         dtype = self.weight.dtype
-        int4, int8 = quantize_int4(self.weight), quantize_int8(self.weight)
+        int4, int8 = int4 or quantize_int4(self.weight), quantize_int8(self.weight)
         if real:
             self.low = {1: Int4Weight(*int4, dtype), 2: Int8Weight(*int8, dtype)}
             if fill_from is not None:

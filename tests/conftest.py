@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,11 @@ def some_text(tmp_path_factory):
     return file
 
 
+CACHE = tempfile.mkdtemp(prefix="dash-test-cache-")  # for what tiny models cache; the real model stays in the user's
+
+
 def script(name, *args, env=None, cwd=None, timeout=300):
     """Run train.py, infer.py or bench.py as a person would; returns the finished process with text output."""
+    env = ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (env or {})
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True,
-                          timeout=timeout, env={**os.environ, **(env or {})}, cwd=cwd)
+                          timeout=timeout, env=os.environ | env, cwd=cwd)

@@ -17,7 +17,7 @@ from test_routing import random_policy
 def policy_file(tiny, tmp_path_factory):
     file = tmp_path_factory.mktemp("policy") / "policy.safetensors"
     policy = random_policy(load(str(tiny))[0], 0)
-    policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"model": "tiny"}
+    policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4}
     policy.save(file)
     return file
 
@@ -47,7 +47,7 @@ def test_infer_shows_states_in_a_plain_terminal(tiny, policy_file):
     assert len(strips) == 5 or "0 tokens" in done.stdout
 
 
-@pytest.mark.parametrize("method", ["full", "int8", "int4", "static_skip", "random_skip", "dash"])
+@pytest.mark.parametrize("method", ["full", "int8", "int4", "static_skip", "random_skip", "static_mix", "random_mix", "dash"])
 def test_bench_eval(tiny, policy_file, some_text, method):
     out = last_json(script("bench.py", "eval", "--task", "lm", "--file", some_text, "--method", method, "--speedup", 1.3, "--json",
                            "--model", tiny, "--policy", policy_file, "--limit", 2))
@@ -58,6 +58,8 @@ def test_bench_eval(tiny, policy_file, some_text, method):
         assert out["speedup_bits"] == pytest.approx(bits)
     elif method == "static_skip":
         assert out["speedup_bits"] >= 1.3
+    elif method == "static_mix":
+        assert 1.3 <= out["speedup_bits"] < 1.5
     elif method == "random_skip":
         assert out["speedup_bits"] == pytest.approx(1.3, rel=0.05)
     assert (out["value"] == out["value_full"]) == (method == "full")

@@ -65,12 +65,13 @@ def test_scorer_eq_8_by_hand():
     silu = lambda v: v / (1 + math.exp(-v))
     v = silu(2 * (0.5 * silu(1.979899) + 0.25) - 1)
     q = scorer(x, range(1, 2))[0, 0, 0, 3]  # block 2 (1-based), s = 4
-    expected = [k * v + b - 0.4 * abs(s - 4) / 4 for k, b, s in zip((1, 2, 3, 4), (0, 0.1, 0.2, 0.3), (0, 1, 2, 4))]
+    expected = [-math.exp(k * v + b) - 0.4 * abs(s - 4) / 4 for k, b, s in zip((1, 2, 3), (0, 0.1, 0.2), (0, 1, 2))] + [0.0]
     assert q.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_smoothness_is_the_distance_of_states():
     scorer = Scorer(2, 4, lam=1.0)
+    torch.nn.init.constant_(scorer.bias, -math.inf)  # no damage
     table = scorer(scorer.features(torch.randn(1, 1, 4), 0), range(1, 2))[0, 0, 0]
     assert torch.allclose(table, -torch.tensor([[0, .25, .5, 1], [.25, 0, .25, .75], [.5, .25, 0, .5], [1, .75, .5, 0]]))
 
@@ -199,3 +200,14 @@ def test_fixed_states_follow_positions():
     fixed.states = torch.full((2, 1, 1), 4, dtype=torch.uint8)
     fixed.decide(1, torch.zeros(1, 1, 8), start=2)
     assert fixed.states[1].item() == 2
+
+
+def test_static_plan_by_hand():
+    damage = torch.tensor([[0, 0, 0, 0], [9, 3, 1, 0], [9, 1, 0.5, 0], [5, 2, 1, 0], [0, 4, 0.1, 0]], dtype=torch.float32)
+    states = lambda cost: P.static_plan(damage, COSTS, cost)[1].tolist()
+    assert states(4.0) == [4, 4, 4, 4, 4]
+    assert states(12 / 5) == [4, 2, 2, 2, 2]
+    assert states(10 / 5) == [4, 2, 1, 1, 2]
+    assert states(8 / 5) == [4, 1, 1, 1, 1]  # INT4 everywhere; the last block is never skipped
+    for cost in (1.2, 1.5, 1.9, 2.5, 3.1):
+        assert P.mean_cost(P.static_plan(damage, COSTS, cost)[1], COSTS) <= cost + 1e-6

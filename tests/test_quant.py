@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quant import (GROUP, Int4Weight, Int8Weight, RoutedLinear, dequantize_int4, dequantize_int8, fake_quantize, quantize_int4,
-                   quantize_int8)
+from quant import (GROUP, Int4Weight, Int8Weight, RoutedLinear, dequantize_int4, dequantize_int8, fake_quantize, gptq_int4, pack_nibbles,
+                   quantize_int4, quantize_int8, unpack_nibbles)
 
 SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192)]
 
@@ -84,3 +84,27 @@ def test_fake_and_real_layers_agree(N, K, bias):
     for fake, real in zip(out[False], out[True]):
         assert (fake.float() - real.float()).abs().max() <= 0.03 * fake.float().abs().max()
     assert torch.allclose(layer.fill(x).float(), layer(x, 1).float()[:, N // 3:], atol=0.05 * out[True][0].abs().max().item())
+
+
+@pytest.mark.parametrize("N, K", [(48, 128), (33, 100), (16, 64)])
+def test_gptq_changes_the_output_less(N, K):
+    """On correlated inputs the error of the layer's output is well below that of rounding to nearest."""
+    torch.manual_seed(3)
+    w, x = torch.randn(N, K), torch.randn(2000, K) @ (torch.randn(K, K) * torch.rand(K))
+    x[:, 5] = 0  # an input that never occurs must not break the factorisation
+    codes, scale, zero = gptq_int4(w, x.T @ x)
+    assert codes.dtype == torch.uint8 and codes.max() <= 15 and scale.shape == zero.shape == (N, -(-K // GROUP))
+    error = lambda q: (x @ (dequantize_int4(*q) - w).T).square().mean()
+    assert error((codes, scale, zero)) < 0.6 * error(quantize_int4(w))
+    assert torch.equal(scale, scale.bfloat16().float()) and torch.equal(zero, zero.bfloat16().float())
+
+
+def test_gptq_with_white_inputs_is_rounding_with_clipping():
+    w = torch.randn(8, 64)
+    error = lambda q: (dequantize_int4(*q) - w).square().mean()
+    assert error(gptq_int4(w, torch.eye(64))) <= error(quantize_int4(w))
+
+
+def test_nibbles():
+    codes = torch.randint(0, 16, (5, 7), dtype=torch.uint8)
+    assert pack_nibbles(codes).shape == (5, 4) and torch.equal(unpack_nibbles(pack_nibbles(codes), 7), codes)

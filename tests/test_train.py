@@ -11,29 +11,31 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, script
+from conftest import CACHE, ROOT, script
+from infer import generate
 from model import load
 from policy import Fixed, Policy, bit_costs, mean_cost
 from test_routing import random_policy
 
 
-def arguments(tiny, text, out, *more):
-    return ["--model", tiny, "--data", text, "--steps", 12, "--speedup", 2.5, "--out", out, *more]
+def arguments(tiny, text, out, objective, *more):
+    return ["--model", tiny, "--data", text, "--steps", 12, "--samples", 12, "--speedup", 2.5, "--objective", objective, "--out", out, *more]
 
 
-@pytest.fixture(scope="module")
-def finished(tiny, some_text, tmp_path_factory):
+@pytest.fixture(scope="module", params=["fisher", "rl"])
+def finished(request, tiny, some_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    done = script("train.py", *arguments(tiny, some_text, out))
+    done = script("train.py", *arguments(tiny, some_text, out, request.param))
     assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, done.stdout, request.param
 
 
 def test_train_writes_what_it_says(finished, tiny):
-    out, said = finished
+    out, said, objective = finished
     assert {f.name for f in out.iterdir()} == {"policy.safetensors", "train.json", "train.jsonl", "train.png", "checkpoint.safetensors"}
-    assert [json.loads(line)["step"] for line in (out / "train.jsonl").read_text().splitlines()] == list(range(12))
-    for row in ("full model", "DASH at 2.5x", "random states", "all INT8"):
+    lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert [line.get("step", line.get("epoch")) for line in lines] == list(range({"rl": 12, "fisher": 6}[objective]))
+    for row in ("full model", "DASH at 2.5x", "static", "random states", "all INT8"):
         assert row in said
     policy = Policy.load(out / "policy.safetensors")
     policy.check(load(str(tiny))[0])
@@ -41,25 +43,33 @@ def test_train_writes_what_it_says(finished, tiny):
     assert policy.prices[0][0] == 1.2 and prices == sorted(prices)
 
 
-@pytest.mark.parametrize("lines", [1, 4, 7])
-def test_resume_after_kill_is_bit_for_bit(finished, tiny, some_text, tmp_path, lines):
-    """Killed at three moments of training; the policy and the log's numbers equal those of the run that was not."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments(tiny, some_text, tmp_path))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "train.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
-        time.sleep(0.005)
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_resume_after_kill_is_bit_for_bit(finished, tiny, some_text, tmp_path, moment):
+    """Killed at three moments: when the folder appears, and as work proceeds. Policy and log equal those of the whole run."""
+    out, _, objective = finished
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments(tiny, some_text, tmp_path / "out", objective))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"XDG_CACHE_HOME": CACHE})
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    reached = lambda: (moment == 1 and checkpoint.parent.exists()) or (checkpoint.exists() and saved(checkpoint) >= moment - 1)
+    seen = set()
+
+    def saved(file):
+        seen.add(file.stat().st_mtime_ns)
+        return len(seen)
+
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "policy.safetensors").exists()
-    done = script("train.py", *arguments(tiny, some_text, tmp_path, "--resume"))
+    assert not (tmp_path / "out" / "policy.safetensors").exists()
+    done = script("train.py", *arguments(tiny, some_text, tmp_path / "out", objective, "--resume"))
     assert done.returncode == 0, done.stderr
     for name in ("policy.safetensors", "train.jsonl"):
-        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes(), name
+        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
 
 
 def test_resume_refuses_another_run(finished, tiny, some_text):
-    done = script("train.py", *arguments(tiny, some_text, finished[0], "--seed", 5, "--resume"))
+    done = script("train.py", *arguments(tiny, some_text, finished[0], finished[2], "--seed", 5, "--resume"))
     assert done.returncode == 2 and "seed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -115,3 +125,63 @@ def test_the_default_text_repeats_nothing():
     parts = [p.strip() for split in ("train", "test") for p in pydocs(split).split("\n\n") if p.strip()]
     assert len(parts) == len(set(parts)) > 1000
     assert 0.15 < len(pydocs("test")) / len(pydocs("train")) < 0.4
+
+
+def test_fisher_label_is_the_kl_of_one_choice(tiny):
+    """INT8 at one block of one token: the label, over many draws, against the measured KL summed over the whole sequence."""
+    model, tokenizer = load(str(tiny))
+    generate(model, tokenizer, "the cat", random_policy(model, 0), 2)  # what it caches must not stand in the way of gradients
+    window = torch.randint(0, 300, (10,))
+    labels = train.fisher_labels(model, window, [1.0] * 4, 400, torch.Generator().manual_seed(0))
+    assert labels.shape == (10, 3, 3) and (labels >= 0).all()
+    full = train.log_probs(model, window[None])
+    predicted, measured = [], []
+    for i in (1, 2):
+        for t in (0, 2, 5, 9):
+            states = torch.full((4, 1, 10), 4)
+            states[i, 0, t] = 2
+            measured.append(train.kl(full, train.log_probs(model, window[None], Fixed(states))).sum().item())
+            predicted.append(labels[t, i - 1, 2].item())
+    ratios = torch.tensor(predicted) / torch.tensor(measured)
+    assert ((ratios > 0.6) & (ratios < 1.6)).all(), ratios
+    assert (labels[..., 1].mean() > 10 * labels[..., 2].mean())  # INT4 does far more damage than INT8
+
+
+def test_fit_finds_what_the_hidden_state_says():
+    """Labels that depend on one channel of the hidden state: predictions follow it, and the mean of each block is kept."""
+    from policy import Scorer
+
+    torch.manual_seed(0)
+    hidden = torch.randn(8 * 256, 32)
+    wanted = torch.exp(1.5 * torch.tanh(hidden[:, :1, None])) * torch.tensor([1.0, 0.1, 0.001]) * torch.tensor([1.0, 3.0, 2.0])[:, None]
+    labels = wanted * -torch.rand_like(wanted).log()  # exponential noise around the mean
+    scorer = Scorer(4, 32)
+    train.fit(scorer, labels, {1: hidden}, 256, 4, seed=0, epochs=12)
+    predicted = scorer.log_damage(scorer.features(hidden.view(8, 256, 32), 0), range(1, 4))[..., 0, :3].flatten(0, 1).exp().detach()
+    for k in range(3):
+        for b in range(3 - (k == 0)):
+            a = torch.stack([predicted[:, b, k].log(), wanted[:, b, k].log()])
+            assert torch.corrcoef(a)[0, 1] > 0.8
+            assert predicted[:, b, k].mean() == pytest.approx(wanted[:, b, k].mean().item(), rel=0.25)
+
+
+def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer = load(str(tiny))
+    tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:512].view(4, 128)
+    name = train.codes_name(tokens)
+    train.cache_codes(model, tokens)
+    file = model.codes_file(name)
+    stamp = file.stat().st_mtime_ns
+    train.cache_codes(model, tokens)
+    assert file.stat().st_mtime_ns == stamp
+    model.quantize(int4=name)
+    gptq = train.compare(model, tokens, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    model.quantize()
+    nearest = train.compare(model, tokens, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    assert gptq < nearest
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        model.quantize(int4=name)
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        model.quantize(int4="gptq-none")
