@@ -17,7 +17,7 @@ from test_routing import random_policy
 def policy_file(tiny, tmp_path_factory):
     file = tmp_path_factory.mktemp("policy") / "policy.safetensors"
     policy = random_policy(load(str(tiny))[0], 0)
-    policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4}
+    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4}
     policy.save(file)
     return file
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import script, tiny_folder
 from infer import generate
-from model import KVCache, load
+from model import load
 from policy import Fixed, Policy, bit_costs, random_states
 from test_routing import decode, random_policy
 

@@ -111,12 +111,12 @@ def test_decision_reads_only_the_block_before(tiny):
 @torch.no_grad()
 def test_a_price_per_sequence_is_that_price_alone(tiny):
     model, _ = load(str(tiny))
-    policy = random_policy(model, 2)
+    policy = random_policy(model, 2, spread=0.3)
     tokens = torch.randint(0, 300, (1, 20))
-    policy.mu = torch.tensor([-9.0, 0.2, 9.0])
+    policy.mu = torch.tensor([0.0, 0.3, 9.0])
     model(tokens.repeat(3, 1), policy)
     together = policy.states.clone()
-    for n, mu in enumerate((-9.0, 0.2, 9.0)):
+    for n, mu in enumerate((0.0, 0.3, 9.0)):
         policy.mu = mu
         model(tokens, policy)
         assert torch.equal(policy.states[:, 0], together[:, n])
