@@ -127,6 +127,9 @@ class Scorer(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_layer, self.WIDTH))
         self.third = nn.Linear(self.WIDTH, 4, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s': the logarithm of the static damage
+        never = torch.zeros(n_layer, 1, 4)
+        never[-1, :, 0] = -math.inf  # the last block is never skipped
+        self.register_buffer("never", never, persistent=False)
         self.register_buffer("smooth", (STATES[:, None] - STATES).abs() / 4, persistent=False)
         self.register_buffer("sign", torch.tensor([-1.0, -1.0, -1.0, 0.0]), persistent=False)
         nn.init.zeros_(self.third.weight)
@@ -134,35 +137,42 @@ class Scorer(nn.Module):
 
     def features(self, h, start):
         """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32."""
+        B, T, d = h.shape
         x = h.float()
-        x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        x = ((x - self.mean) / self.std).clamp_(-self.CLAMP, self.CLAMP)
-        position = torch.tensor([[float(t == 0), 1 / (1 + t)] for t in range(start, start + h.shape[1])], device=h.device)
-        return torch.cat([x, position.expand(len(h), -1, -1)], dim=-1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).add_(1e-6)
+        # (x / rms - mean) / std in one operator: a decision of one token is all operators, hardly any arithmetic
+        x = torch.addcdiv(self.mean / -self.std, x, self.std * norm, value=math.sqrt(d)).clamp_(-self.CLAMP, self.CLAMP)
+        position = torch.tensor([[float(t == 0), 1 / (1 + t)] for t in range(start, start + T)], device=h.device)
+        return torch.cat([x, position.expand(B, T, 2)], dim=-1)
 
     def log_damage(self, features, blocks):
         """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> (B, T, g, 4, 4), the last two s and s'."""
         these = slice(blocks[0], blocks[-1] + 1)
-        u = F.silu(self.first(features))
+        u = F.silu(F.linear(features, self.first.weight, self.first.bias))
         if self.training:
             u = F.dropout(u, self.DROPOUT)
-        v = F.silu(torch.addcmul(self.shift[these], self.second(u)[..., None, :], self.gain[these]))
-        return self.third(v)[..., None, :] + self.bias[these]
+        u = F.linear(u, self.second.weight, self.second.bias)[..., None, :]
+        v = F.silu(torch.addcmul(self.shift[these], u, self.gain[these]))
+        return F.linear(v, self.third.weight)[..., None, :] + self.bias[these]
 
     def forward(self, features, blocks):
-        """q(s' | h, i, s), shapes as `log_damage`."""
-        return self.log_damage(features, blocks).exp() * self.sign - self.lam * self.smooth
+        """q(s' | h, i, s), shapes as `log_damage`; -inf for skipping the last block."""
+        q = torch.addcmul(self.never[blocks[0] : blocks[-1] + 1], self.log_damage(features, blocks).exp_(), self.sign)
+        return q - self.lam * self.smooth if self.lam else q
 
 
 def plan(i, n_layer, horizon):
     """The blocks (0-based) that are decided from the input of block i (0-based), an empty range for most i.
 
-    horizon 1 is the paper (Eq 19-20): block i + 1 from the input of block i. A horizon g < L plans blocks i+1..i+g at
-    every g-th block. A horizon of L (or more) plans once, from the output of the first block, all blocks after it.
+    horizon 1 is the paper (Eq 19-20): block i + 1 from the input of block i. A longer horizon g waits for the output of the
+    first block, plans the g blocks after it, and plans the next g from the input of the last of them; g = L (or more) plans
+    the whole path once.
     """
-    if horizon >= n_layer:
-        return range(1, n_layer) if i == 1 else range(0)
-    return range(i + 1, min(i + 1 + horizon, n_layer)) if i % horizon == 0 else range(0)
+    if horizon == 1:
+        return range(i + 1, min(i + 2, n_layer))
+    if i == 1:
+        return range(1, min(1 + horizon, n_layer))
+    return range(i + 1, min(i + 1 + horizon, n_layer)) if i and i % horizon == 0 else range(0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -227,31 +237,78 @@ def static_plan(damage, costs, target):
         pick[best // 4] = best % 4
 
 
+POSITIONS = 11  # buckets of positions: t = 0, 1, 2-3, 4-7, ..., 512 and beyond
+
+
+def bucket(t, buckets=POSITIONS):
+    """Positions t, an int64 tensor of any shape -> their bucket 0..buckets - 1, the number of binary digits of t."""
+    return sum((t >= 2**k).long() for k in range(buckets - 1))
+
+
+class ByPosition(Fixed):
+    """A plan by block and position, blind to content: `argmin damage + mu cost` of a table (POSITIONS, L, 4) (ours)."""
+
+    def __init__(self, damage, costs, mu, scale=None):
+        damage = damage.clone()
+        damage[:, 0, :3], damage[:, -1, 0] = math.inf, math.inf
+        super().__init__(STATES[(damage + mu * costs.cpu()).argmin(-1)].T, scale)  # (L, POSITIONS)
+
+    def at_positions(self, t):
+        """Positions (T,) -> states (L, T)."""
+        return self.given[:, bucket(t)]
+
+    def decide(self, i, x, start):
+        self.states[i] = self.at_positions(torch.arange(start, start + x.shape[1]))[i].to(x.device)
+
+
 class Policy:
     """A trained scorer with all that is needed to use it.
 
     scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup, in
     the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
-    mu: the price in use, a float or a (B,) tensor with one price a sequence; tau: None, or the temperature of sampling.
+    mu: the price in use, a float or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the temperature of
+    sampling; tracked: None, or the speedup that the price follows while decoding.
     """
+
+    PATIENCE = 32  # tokens over which the price pays back what was overspent
 
     def __init__(self, scorer, scale, costs, fingerprint, prices=(), horizon=1, settings=None):
         self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
         self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
-        self.mu, self.tau, self.generator, self.states = 0.0, None, None, None
+        self.mu, self.tau, self.generator, self.states, self.tracked = 0.0, None, None, None, None
         self.int4 = self.settings.get("int4")
 
-    def at(self, speedup):
-        """Use the price for this speedup in bits and return self. ValueError when no price was calibrated for it."""
+    def at(self, speedup, track=False):
+        """Use the price for this speedup and return self. ValueError when no price was calibrated for it.
+
+        track: while decoding, let the price follow what was spent (`follow`), so that the speedup is met on any text.
+        """
         targets = [s for s, _ in self.prices]
         if not targets or not targets[0] <= speedup <= targets[-1]:
             reach = f"{targets[0]:g} to {targets[-1]:g}" if targets else "nothing"
             raise ValueError(f"speedup {speedup:g} is out of reach: this policy was calibrated for {reach}")
+        self.mu, self.tracked, self.owed = self.price(speedup), speedup if track else None, 0.0
+        return self
+
+    def price(self, speedup):
+        """mu for a speedup, between the calibrated ones; beyond them the price of the nearest."""
+        targets = [s for s, _ in self.prices]
+        speedup = min(max(speedup, targets[0]), targets[-1])
         high = max(1, next(n for n, s in enumerate(targets) if s >= speedup))
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
-        self.mu = mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
-        return self
+        return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
+
+    def follow(self):
+        """After a decoded token: aim the next price at the goal less a share of what this text's tokens have overspent (ours).
+
+        An integral controller over the calibrated prices: a bias of the text is paid back within about `PATIENCE` tokens.
+        """
+        L, overhead = len(self.scale), self.settings.get("overhead", (0.0, 0.0))
+        goal = goal_cost(self.tracked, L, overhead)
+        self.owed += mean_cost(self.states, self.costs) - goal
+        aim = max(goal - self.owed / self.PATIENCE, 0.01)
+        self.mu = self.price((4 * L + overhead[0]) / (L * aim + overhead[1]))
 
     def to(self, device):
         self.scorer.to(device)
@@ -267,18 +324,22 @@ class Policy:
 
     @torch.no_grad()
     def decide(self, i, x, start):
+        if i == 0 and start == 0 and self.tracked:  # a new text
+            self.at(self.tracked, track=True)
         blocks = plan(i, len(self.scale), self.horizon)
         if not blocks:
             return
         table = self.scorer(self.scorer.features(x, start), blocks)
-        self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, blocks, self.states[blocks[0] - 1])
+        self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, self.states[blocks[0] - 1])
+        if self.tracked and x.shape[1] == 1 and start and blocks[-1] == len(self.scale) - 1:
+            self.follow()
 
-    def choose(self, table, blocks, before):
+    def choose(self, table, before):
         """The states of consecutive blocks: priced and chosen for every s at once (Eq 18; Eq 11 if tau is set), then looked up.
 
         table (B, T, g, 4, 4): q of each block, s and s'; before (B, T): states of the block before. -> (g, B, T) uint8.
         """
-        q = self.priced(table, blocks)
+        q = self.priced(table)
         best = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)  # (B, T, g, 4)
         if before.numel() == 1:  # decoding: the look-ups cost less as Python numbers than as tensor operations
             s, chosen = INDEX_OF[int(before)], []
@@ -287,18 +348,16 @@ class Policy:
                 chosen.append(STATE_OF[s])
             return torch.tensor(chosen, dtype=torch.uint8, device=table.device).view(-1, 1, 1)
         s, chosen = INDEX.to(table.device)[before.long()], []
-        for n in range(len(blocks)):
+        for n in range(table.shape[2]):
             s = best[:, :, n].gather(2, s[..., None])[..., 0]
             chosen.append(s)
         return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
 
-    def priced(self, table, blocks):
-        """q - mu cost for (B, T, g, ..., 4), with a skip ruled out in the last block."""
-        mu = self.mu.view(-1, *[1] * (table.dim() - 1)) if torch.is_tensor(self.mu) else self.mu
-        q = table - mu * self.costs
-        if blocks[-1] == len(self.scale) - 1:
-            q[:, :, -1, ..., 0] = -math.inf
-        return q
+    def priced(self, table):
+        """q - mu cost for (B, T, g, ..., 4)."""
+        if torch.is_tensor(self.mu):
+            return table - self.mu.view(*self.mu.shape, *[1] * (table.dim() - self.mu.dim())) * self.costs
+        return torch.sub(table, self.costs, alpha=self.mu)
 
     def save(self, path):
         """Write the policy whole or not at all, as safetensors. OSError names the path."""
@@ -421,6 +480,13 @@ def read_safetensors(path):
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
     except (SafetensorError, KeyError, ValueError, OSError) as e:
         raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
+
+
+def format_table(header, rows):
+    """Lists of cells -> a Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(str(row[n])) for row in [header, *rows]) for n in range(len(header))]
+    line = lambda row: "| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |"
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
 def save_result(path, device, model, seed, **content):

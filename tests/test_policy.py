@@ -70,7 +70,7 @@ def test_scorer_eq_8_by_hand():
 
 
 def test_smoothness_is_the_distance_of_states():
-    scorer = Scorer(2, 4, lam=1.0)
+    scorer = Scorer(3, 4, lam=1.0)
     torch.nn.init.constant_(scorer.bias, -math.inf)  # no damage
     table = scorer(scorer.features(torch.randn(1, 1, 4), 0), range(1, 2))[0, 0, 0]
     assert torch.allclose(table, -torch.tensor([[0, .25, .5, 1], [.25, 0, .25, .75], [.5, .25, 0, .5], [1, .75, .5, 0]]))
@@ -78,7 +78,8 @@ def test_smoothness_is_the_distance_of_states():
 
 def test_plan():
     assert [list(P.plan(i, 4, 1)) for i in range(4)] == [[1], [2], [3], []]  # the paper: block i + 1 from the input of block i
-    assert [list(P.plan(i, 6, 2)) for i in range(6)] == [[1, 2], [], [3, 4], [], [5], []]
+    assert [list(P.plan(i, 6, 2)) for i in range(6)] == [[], [1, 2], [3, 4], [], [5], []]
+    assert [list(P.plan(i, 7, 3)) for i in range(7)] == [[], [1, 2, 3], [], [4, 5, 6], [], [], []]
     assert [list(P.plan(i, 4, 4)) for i in range(4)] == [[], [1, 2, 3], [], []]  # once, from h_1, block 2 included
     for L in (2, 3, 7, 30):
         for g in range(1, L + 2):
@@ -128,14 +129,14 @@ def test_greedy_choice_with_a_price_eq_18():
     table = torch.zeros(1, 1, 3, 4, 4)
     table[..., 0, 3, :] = torch.tensor([0.0, 1.0, 1.9, 2.0])  # first block's s is 4
     table[..., 1, :, :] = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    table[..., 2, :, :] = torch.tensor([9.0, 1.0, 1.5, 0.0])
+    table[..., 2, :, :] = torch.tensor([-math.inf, 1.0, 1.5, 0.0])
     before = torch.full((1, 1), 4, dtype=torch.uint8)
     policy.mu = 0.0
-    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [4, 0, 2]  # the last block is never skipped
+    assert policy.choose(table, before).flatten().tolist() == [4, 0, 2]  # the last block is never skipped
     policy.mu = 0.3
-    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [2, 0, 2]
+    assert policy.choose(table, before).flatten().tolist() == [2, 0, 2]
     policy.mu = torch.tensor([0.95])
-    assert policy.choose(table, range(1, 4), before).flatten().tolist() == [1, 0, 1]
+    assert policy.choose(table, before).flatten().tolist() == [1, 0, 1]
 
 
 def test_price_of_a_speedup():
@@ -211,3 +212,42 @@ def test_static_plan_by_hand():
     assert states(8 / 5) == [4, 1, 1, 1, 1]  # INT4 everywhere; the last block is never skipped
     for cost in (1.2, 1.5, 1.9, 2.5, 3.1):
         assert P.mean_cost(P.static_plan(damage, COSTS, cost)[1], COSTS) <= cost + 1e-6
+
+
+def test_buckets_and_a_plan_by_position():
+    assert P.bucket(torch.tensor([0, 1, 2, 3, 4, 7, 8, 511, 512, 9999])).tolist() == [0, 1, 2, 2, 3, 3, 4, 9, 10, 10]
+    damage = torch.zeros(P.POSITIONS, 3, 4)
+    damage[..., :3] = torch.tensor([9.0, 2.0, 0.5])
+    damage[0, 1, 1] = 0.1  # at t = 0 the second block bears INT4
+    plan = P.ByPosition(damage, COSTS, 1.0)
+    assert plan.at_positions(torch.tensor([0, 1, 700])).tolist() == [[4, 4, 4], [1, 2, 2], [2, 2, 2]]
+
+
+def test_greedy_path_and_static_candidates():
+    """Additive damage: the lazy greedy path lowers blocks in the order of harm per cost, and all candidates meet their budget."""
+    import baselines
+
+    alone = torch.tensor([[0, 0, 0, 0], [9, 3, 0.4, 0], [9, 1, 0.3, 0], [9, 2, 0.1, 0], [9, 5, 0.2, 0]], dtype=torch.float32)
+    measured = []
+
+    def measure(states):
+        measured.append(states)
+        return sum(float(alone[i, P.INDEX_OF[int(s)]]) for i, s in enumerate(states))
+
+    known = baselines.Known(5, COSTS, damage=alone)
+    path = baselines.greedy_path(known, measure, 2.5)
+    order = [[i for i in range(5) if a[i] != b[i]][0] for a, b in zip(path, path[1:])]
+    assert order == [3, 4, 2, 1, 2, 3, 1, 4] and path[-1].tolist() == [4, 1, 1, 1, 1]
+    assert len(measured) < 24  # lazily: pricing every move before every step would take 32
+    for candidate in baselines.static_candidates(known, alone, measure, (1.5, 2.0, 2.5)):
+        for speedup in (1.5, 2.0, 2.5):
+            states = candidate(speedup)
+            assert states[0] == 4 and states[-1] > 0 and P.mean_cost(states, COSTS) <= 4 / speedup + 1e-6
+    known.candidates = [lambda s: torch.tensor([4, 1, 1, 1, 1]), lambda s: torch.tensor([4, 2, 2, 2, 1])]
+    known.measure = measure
+    assert baselines.best_static(known, 2.0).given.tolist() == [4, 2, 2, 2, 1]
+
+
+def test_a_price_beyond_the_calibrated_ones_is_the_nearest():
+    policy = make_policy()
+    assert policy.price(1.0) == -1.0 and policy.price(9.0) == 3.0 and policy.price(3.0) == 1.75
