@@ -1,65 +1,149 @@
 """The compared methods as policies: each says in which state every token runs every block, one routed forward runs them all.
 
-A method is a function of the speedup it is asked for (in bits) that returns what `LLM.forward` takes as a policy, or, where
-the states depend on the tokens' number, a function of the tokens (B, T) that returns one. All keep the first block in
-state 4 and never skip the last. A skipped block returns its input unscaled and fills keys and values in INT4, as DASH does.
+A method is a function of what is known (`Known`) and of the speedup it is asked for (in bits). It returns what `LLM.forward`
+takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T) that returns one. All
+keep the first block in state 4 and never skip the last. A skipped block fills keys and values in INT4, as DASH does.
 
     full, int8, int4   every block as loaded, in INT8, in INT4 (the speedup asked for is ignored; theirs is reported)
-    static_skip        the blocks whose input and output are most similar, skipped for every token (ShortGPT, arXiv
+    static_skip        the blocks whose input and output are most similar, skipped for every token, unscaled (ShortGPT, arXiv
                        2403.03853; the paper's "naive static skipping")
-    random_skip        each block skipped at random, token by token (the paper's Random Skip)
-    random_mix         each block in INT4 or INT8 at random, token by token, at the cost asked for
-    static_mix         one state a block for all tokens, the best by the policy's mean labels (its file keeps them)
+    random_skip        each block skipped at random, token by token, unscaled (the paper's Random Skip)
+    random_mix         each block in one of two states at random, token by token, at the cost asked for
+    static_mix         one state a block for all tokens, the best by the mean labels that train.py left in the policy file
+    best_static        the best of five such plans by the KL it is measured to cost on training text: `static_candidates`
+    position_mix       a state for each block and position, blind to content, by the labels' means
+
+All but the first three and the skips are ours, to ask what choosing per token is worth at equal cost.
 """
+
+import heapq
+from dataclasses import dataclass
 
 import torch
 
-from policy import Fixed, random_states, static_plan
+from policy import STATES, ByPosition, Fixed, mean_cost, random_states, static_plan
 
 
-def full(L, speedup, costs, similarity, seed):
-    return Fixed([4] * L)
+@dataclass
+class Known:
+    """What a method may go by: blocks, costs of the states (4,), seed, and what was measured on training text."""
+
+    L: int
+    costs: torch.Tensor
+    seed: int = 0
+    scale: list = None  # a_i
+    similarity: torch.Tensor = None  # (L,) mean cosine of input and output
+    damage: torch.Tensor = None  # (L, 4) mean label of each block and state, nats a token
+    position_damage: torch.Tensor = None  # (POSITIONS, L, 4) the same by position
+    candidates: list = None  # for best_static: functions of a speedup that give states (L,)
+    measure: object = None  # states (L,) -> KL on training text
 
 
-def int8(L, speedup, costs, similarity, seed):
-    return Fixed([4] + [2] * (L - 1))
+def full(known, speedup):
+    return Fixed([4] * known.L)
 
 
-def int4(L, speedup, costs, similarity, seed):
-    return Fixed([4] + [1] * (L - 1))
+def int8(known, speedup):
+    return Fixed([4] + [2] * (known.L - 1))
 
 
-def skips(L, speedup, costs):
+def int4(known, speedup):
+    return Fixed([4] + [1] * (known.L - 1))
+
+
+def skips(known, speedup):
     """How many of the blocks between first and last must be skipped for a speedup in bits, a float."""
-    number = L * (4 - 4 / speedup) / (4 - float(costs[0]))
+    L, fill = known.L, float(known.costs[0])
+    number = L * (4 - 4 / speedup) / (4 - fill)
     if not 0 <= number <= L - 2:
-        raise ValueError(f"speedup {speedup:g} is out of reach by skipping: give 1 to {L / (L - (L - 2) * (1 - float(costs[0]) / 4)):.2f}")
+        raise ValueError(f"speedup {speedup:g} is out of reach by skipping: give 1 to {L / (L - (L - 2) * (1 - fill / 4)):.2f}")
     return number
 
 
-def static_skip(L, speedup, costs, similarity, seed):
-    number = -int(-skips(L, speedup, costs) // 1)  # at least the speedup asked for
-    order = similarity[1:-1].argsort(descending=True) + 1
-    states = torch.full((L,), 4)
+def static_skip(known, speedup):
+    number = -int(-skips(known, speedup) // 1)  # at least the speedup asked for
+    order = known.similarity[1:-1].argsort(descending=True) + 1
+    states = torch.full((known.L,), 4)
     states[order[:number]] = 0
     return Fixed(states)
 
 
-def random_skip(L, speedup, costs, similarity, seed):
-    share, generator = skips(L, speedup, costs) / (L - 2), torch.Generator().manual_seed(seed)
+def random_skip(known, speedup):
+    share, generator = skips(known, speedup) / (known.L - 2), torch.Generator().manual_seed(known.seed)
 
     def draw(tokens):
-        states = torch.where(torch.rand(L, *tokens.shape, generator=generator) < share, 0, 4)
+        states = torch.where(torch.rand(known.L, *tokens.shape, generator=generator) < share, 0, 4)
         states[0], states[-1] = 4, 4
         return Fixed(states)
 
     return draw
 
 
-def random_mix(L, speedup, costs, similarity, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda tokens: Fixed(random_states((L, *tokens.shape), 4 / speedup, costs, generator))
+def random_mix(known, speedup):
+    generator = torch.Generator().manual_seed(known.seed)
+    return lambda tokens: Fixed(random_states((known.L, *tokens.shape), 4 / speedup, known.costs, generator), known.scale)
 
 
-def static_mix(L, speedup, costs, damage, seed):
-    return Fixed(static_plan(damage, costs, 4 / speedup)[1])
+def static_mix(known, speedup):
+    return Fixed(static_plan(known.damage, known.costs, 4 / speedup)[1], known.scale)
+
+
+def best_static(known, speedup):
+    plans = [candidate(speedup) for candidate in known.candidates]
+    return Fixed(min(plans, key=known.measure), known.scale)
+
+
+def position_mix(known, speedup, tokens=1024):
+    at = lambda mu: ByPosition(known.position_damage, known.costs, mu, known.scale)
+    low, high = 0.0, 1e4
+    for _ in range(80):  # the lowest price at which windows of so many tokens cost no more than asked
+        mu = (low + high) / 2
+        cost = mean_cost(at(mu).at_positions(torch.arange(tokens)), known.costs)
+        low, high = (mu, high) if cost > 4 / speedup else (low, mu)
+    return at(high)
+
+
+def static_candidates(known, alone, measure, targets):
+    """Five ways to order blocks for a static plan: [function of a speedup -> states (L,)].
+
+    By sensitivity in INT8, in INT4, their sum (alone (L, 4): measured KL of each block and state alone), by the labels' mean,
+    and a greedy search over `measure(states)`, the measured KL of a plan.
+    """
+    typical = alone[1:].mean(0)
+    tables = [known.damage]
+    for score in (alone[:, 2], alone[:, 1], alone[:, 1] / typical[1] + alone[:, 2] / typical[2]):
+        damage = score[:, None] / score[1:].mean() * typical
+        damage[:, 0] = alone[:, 0]  # whether a block can be skipped does not follow from how it bears rounding
+        tables.append(damage)
+    path = greedy_path(known, measure, max(targets))
+    within = lambda speedup: next(states for states in path if mean_cost(states, known.costs) <= 4 / speedup + 1e-6)
+    return [lambda speedup, d=damage: static_plan(d, known.costs, 4 / speedup)[1] for damage in tables] + [within]
+
+
+def greedy_path(known, measure, speedup):
+    """Lower one block by one state at a time, always where KL grows least per cost saved: [states (L,)], from all 4 down.
+
+    A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
+    """
+    states, current, queue = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, []
+    lower = {4: 2, 2: 1, 1: 0}
+    moves = lambda i: [(-float("inf"), i, lower[int(states[i])])] if int(states[i]) > (i == known.L - 1) else []
+    for i in range(1, known.L):
+        queue += moves(i)
+    heapq.heapify(queue)
+    path, measured_at = [states.clone()], {}
+    cost = dict(zip(STATES.tolist(), known.costs.tolist()))
+    while queue and mean_cost(states, known.costs) > 4 / speedup + 1e-6:
+        _, i, to = heapq.heappop(queue)
+        if measured_at.get((i, to), (None,))[0] != len(path):  # priced before the last move: measure again
+            trial = states.clone()
+            trial[i] = to
+            kl = measure(trial)
+            measured_at[i, to] = (len(path), kl)
+            heapq.heappush(queue, ((kl - current) / (cost[int(states[i])] - cost[to]), i, to))
+            continue
+        states[i], current = to, measured_at[i, to][1]
+        path.append(states.clone())
+        for move in moves(i):
+            heapq.heappush(queue, move)
+    return path

@@ -1,15 +1,16 @@
 """Measure:   python bench.py eval --task lm --method dash --speedup 2.0
 
-    eval    one method on one task: perplexity in windows of the text, the speedup in bits over all tokens of the run, and
-            the measured speedup of batch-1 decoding against the full model
-    frontier  what is lost at six speedups: random states, the best static plan, the policy; results/frontier.json and .png
-    speed   milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
-            bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
+    eval      one method on one task: perplexity in windows of a text or accuracy on multiple-choice items, the speedup in bits
+              over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
+    frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
+              by --compare; and whether decoding keeps to its budget; results/frontier.json and .png
+    speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
+              bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
     ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
-    report  renders the README's tables from results/
+    report    puts the tables of results/ into the README
 
-Perplexity uses fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU). Both run
-the same routed forward.
+Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU).
+Both run the same routed forward.
 """
 
 import json
@@ -22,55 +23,58 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
-from data import load_text, read_text, windows
+from data import CHOICE_TASKS, load_examples, load_text, text_examples, windows
 from infer import generate
-from model import fetch_smollm2, load, read_gguf, read_json
-from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, pick_device, save_result, speedup_bits,
-                    write_whole)
+from model import KVCache, fetch_smollm2, load, read_gguf, read_json
+from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, most_speedup, pick_device, save_result,
+                    speedup_bits, write_whole)
 from quant import fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, compare, profile, save_figure, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, bootstrap, compare, kl, outcomes, profile, save_figure, sensitivities
 
-METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "random_mix", "dash")
+METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
 WINDOW = 1024  # tokens of an evaluation window
 
 
-def make_policy(method, model, tokenizer, args, calibration):
-    """A policy, or a function of the tokens that gives one (baselines.py), for a method's name."""
+def read_policy(path, model, needed):
+    """The policy file for this model, or None where it is not needed and there is none for this model."""
+    if not needed and not Path(path).is_file():
+        return None
+    policy = Policy.load(path).to(model.embed.weight.device)
+    if needed:
+        policy.check(model)
+    return policy if policy.fingerprint == model.fingerprint() else None
+
+
+def known_of(model, policy, seed):
+    """What baselines may go by: the damage that train.py left in a policy file."""
+    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed)
+    if policy:
+        known.scale = policy.scale
+        for name in ("damage", "position_damage"):
+            if name in policy.settings:
+                setattr(known, name, torch.tensor(policy.settings[name]))
+    return known
+
+
+def make_policy(method, model, tokenizer, args, policy, calibration):
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name."""
     if method == "dash":
-        policy = Policy.load(args.policy).to(model.embed.weight.device)
-        policy.check(model)
         return policy.at(args.speedup)
-    similarity = None
+    known = known_of(model, policy, args.seed)
+    needs = {"static_mix": "damage", "position_mix": "position_damage"}.get(method)
+    if needs and getattr(known, needs) is None:
+        raise ValueError(f"{args.policy} has no {needs}, which {method} goes by; train it again with train.py --objective fisher")
     if method == "static_skip":
-        baselines.skips(model.config.n_layer, args.speedup, bit_costs(model.config))  # out of reach: say so before measuring
-        similarity = profile(model, windows(tokenizer, calibration, SAMPLES, SAMPLE_TOKENS, spread=True))["similarity"]
-    if method == "static_mix":
-        policy = Policy.load(args.policy)
-        policy.check(model)
-        similarity = damage_of(policy, args)
-    return getattr(baselines, method)(model.config.n_layer, args.speedup, bit_costs(model.config), similarity, args.seed)
+        baselines.skips(known, args.speedup)  # out of reach: say so before measuring
+        samples = windows(tokenizer, load_text(*calibration), SAMPLES, SAMPLE_TOKENS, spread=True)
+        known.similarity = profile(model, samples.to(args.device))["similarity"]
+    return getattr(baselines, method)(known, args.speedup)
 
 
-def damage_of(policy, args):
-    """The static damage (L, 4) that train.py left in a policy file."""
-    if "damage" not in policy.settings:
-        raise ValueError(f"{args.policy} has no static damage, which static_mix goes by; train it again with train.py")
-    return torch.tensor(policy.settings["damage"])
-
-
-def codes_of(args, model):
-    """The INT4 codes that every method uses: those of the policy at --policy, if it is there and this model's, else nearest."""
-    if Path(args.policy).is_file():
-        policy = Policy.load(args.policy)
-        if policy.fingerprint == model.fingerprint():
-            return policy.int4
-    return None
-
-
-def measured_speedup(args, policy, prompt, tokens=24, pairs=3):
+def measured_speedup(args, policy, int4, prompt, tokens=24, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     model, tokenizer = load(args.model, args.device, torch.bfloat16)
-    model.quantize(real=True, int4=codes_of(args, model))
+    model.quantize(real=True, int4=int4)
     ids = torch.zeros(1, tokens + 64)
     routed = policy(ids) if callable(policy) else policy
     text = tokenizer.decode(tokenizer.encode(prompt)[:32])
@@ -85,78 +89,162 @@ def evaluate(args):
     args.device = pick_device(args.device)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1")
-    if args.task == "wikitext2":
-        text, calibration = (load_text("wikitext2", split, args.data_dir) for split in ("test", "train"))
-    elif args.file:
-        text, calibration = read_text(args.file), load_text("pydocs", "train")
-    else:
-        text, calibration = load_text("pydocs", "test"), load_text("pydocs", "train")
+    if args.task == "mc" and not args.file:
+        raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
+    where = (args.file, None) if args.file else ("pydocs" if args.task == "lm" else args.task, "test")
+    choice = args.task not in ("lm", "wikitext2")
+    text = load_text(*where, args.data_dir, choice)  # not there, or no text: say so before anything is loaded
     model, tokenizer = load(args.model, args.device, torch.float32)
-    policy = make_policy(args.method, model, tokenizer, args, calibration)
-    rows = windows(tokenizer, text, args.limit or 8, min(WINDOW, model.config.block_size), args.file or args.task).to(args.device)
-    model.quantize(int4=codes_of(args, model))
-    costs, codes = bit_costs(model.config), model.int4 or "nearest"
-    full, row = compare(model, rows, [None, policy], costs)
+    policy = read_policy(args.policy, model, args.method in ("dash", "static_mix", "position_mix"))
+    calibration = ("pydocs", "train") if args.file or args.task == "lm" else (args.task, "train", args.data_dir)
+    routed = make_policy(args.method, model, tokenizer, args, policy, calibration)
+    size = model.config.block_size if choice else min(WINDOW, model.config.block_size)
+    examples = load_examples(*where, tokenizer, args.limit or (100 if choice else 8), size, args.data_dir, args.device, choice=choice)
+    int4 = policy.int4 if policy else None
+    model.quantize(int4=int4)
+    full, row = compare(model, examples, [None, routed], bit_costs(model.config))
     del model
-    value, value_full = (torch.tensor(r["nats"]).exp().item() for r in (row, full))
-    measured = 1.0 if args.method == "full" else measured_speedup(args, policy, text)
-    print(f"{args.task}, {args.method}: perplexity {value:.3f} (full model {value_full:.3f}), KL {row['kl']:.4f} nats, "
-          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(rows)} windows of {rows.shape[1]} tokens, "
+    metric = "accuracy" if choice else "perplexity"
+    value, value_full = (r["accuracy"] if choice else torch.tensor(r["nats"]).exp().item() for r in (row, full))
+    measured = 1.0 if args.method == "full" else measured_speedup(args, routed, int4, text)
+    tokens, codes = sum(sum(e.lengths) for e in examples), int4 or "nearest"
+    print(f"{args.task}, {args.method}: {metric} {value:.3f} (full model {value_full:.3f}), KL {row['kl']:.4f} nats, "
+          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(examples)} {'items' if choice else 'windows'}, {tokens} tokens, "
           f"INT4 codes: {codes}")
     if args.json:
         print(json.dumps({
             "task": args.task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
-            "speedup_measured": measured, "metric": "perplexity", "value": value, "value_full": value_full, "kl": row["kl"],
-            "top1": row["top1"], "int4": codes, "n": len(rows), "tokens": rows.numel(), "states": row["states"], "device": str(args.device),
+            "speedup_measured": measured, "metric": metric, "value": value, "value_full": value_full, "kl": row["kl"],
+            "top1": row["top1"], "int4": codes, "n": len(examples), "tokens": tokens, "states": row["states"], "device": str(args.device),
             "model": args.model}))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # frontier
 
-SPEEDUPS = (1.67, 2.0, 2.29, 2.67, 3.2, 3.5)
+SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
 
 
+def name_of(policy):
+    s = policy.settings
+    return (f"{'dash' if s['objective'] == 'fisher' else 'rl'}{' from fisher' if s.get('start') else ''}, horizon {policy.horizon}, seed {s['seed']}")
+
+
+@torch.no_grad()
 def frontier(args):
-    """Nats lost and KL against speedup: random states, the best static plan, the policy; same codes, same states, same K/V."""
+    """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.float32)
-    policy = Policy.load(args.policy).to(device)
-    policy.check(model)
+    policies = [read_policy(path, model, True) for path in [args.policy, *args.compare]]
+    policy = policies[0]
+    for path, other in zip(args.compare, policies[1:]):
+        if other.int4 != policy.int4:
+            raise ValueError(f"{path} has other INT4 codes than {args.policy}; train both on the same data")
     model.quantize(int4=policy.int4)
     task = "wikitext2" if args.data_dir else "pydocs"
-    rows = windows(tokenizer, load_text(task, "test", args.data_dir), args.limit or 8, min(WINDOW, model.config.block_size)).to(device)
-    L, costs, damage = model.config.n_layer, bit_costs(model.config), damage_of(policy, args)
-    contenders, names = [None, baselines.int8(L, 0, costs, None, 0), baselines.int4(L, 0, costs, None, 0)], ["full", "int8", "int4"]
-    for speedup in SPEEDUPS:
-        names += ["random_mix", "static_mix", "dash"]
-        # one price a call: a policy is asked for its own price just before each window
-        contenders += [baselines.random_mix(L, speedup, costs, None, args.seed), baselines.static_mix(L, speedup, costs, damage, 0),
-                       lambda window, s=speedup: policy.at(s)]
-    results = compare(model, rows, contenders, costs)
-    targets = [None] * 3 + [s for s in SPEEDUPS for _ in range(3)]
-    table = [{"method": n, "target": t} | {k: v for k, v in r.items() if k != "raw"} for n, t, r in zip(names, targets, results)]
+    size = min(WINDOW, model.config.block_size)
+    examples = load_examples(task, "test", tokenizer, args.limit or 8, size, args.data_dir, device)
+    known = known_of(model, policy, args.seed)
+    if known.position_damage is None:
+        raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
+    costs = known.costs
+    speedups = [s for s in SPEEDUPS if s <= min(most_speedup(known.L, costs), *(p.prices[-1][0] for p in policies))]
+
+    # The static side, on training text: KL of each block alone, and of whole plans
+    train_rows = windows(tokenizer, load_text(task, "train", args.data_dir), 4, min(512, size), task, spread=True).to(device)
+    search, choose = text_examples(train_rows[:1]), text_examples(train_rows[1:])
+
+    def measure_on(examples):
+        full = [outcomes(model, model.hidden(e.rows), e)[0] for e in examples]
+        kl_of = lambda f, e, policy: kl(f, outcomes(model, model.hidden(e.rows, policy), e)[0]).mean().item()
+        return lambda states: sum(kl_of(f, e, Fixed(states, known.scale)) for f, e in zip(full, examples)) / len(examples)
+
+    alone = sensitivities(model, search, known.scale)
+    known.candidates, known.measure = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
+
+    contenders, about = [None, baselines.int8(known, 0), baselines.int4(known, 0)], [("full model", None), ("all INT8", None), ("all INT4", None)]
+    for speedup in tqdm(speedups, desc="static plans"):
+        for name, method in (("random states", baselines.random_mix), ("best static plan", baselines.best_static),
+                             ("by position", baselines.position_mix)):
+            contenders.append(method(known, speedup))
+            about.append((name, speedup))
+        for p in policies:  # a policy is asked for its own price just before each window
+            contenders.append(lambda rows, p=p, s=speedup: p.at(s))
+            about.append((name_of(p), speedup))
+    rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+            for (name, s), r in zip(about, compare(model, examples, contenders, costs))]
+    kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
+    tokens = sum(sum(e.lengths) for e in examples)
+    header, cells = frontier_cells(rows, speedups)
+    met = lambda k, way: f"{k[way]:.3f}x, {100 * (k[way] / k['asked'] - 1):+.1f}%"
+    markdown = "\n\n".join([format_table(header, cells), format_table(
+        ["decoding 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
+        [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
+    caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
+               "Each cell: nats lost, KL to the full model (speedup realised). In brackets after the ratios: 95% intervals over windows.")
     path = Path(args.results) / "frontier.json"
-    save_result(path, device, model, args.seed, text=f"{task}, test", tokens=rows.numel(), policy=policy.settings, rows=table)
-    frontier_chart(path.with_suffix(".png"), table, task)
-    for row in table:
-        print(f"{row['method']:12} {row['speedup']:5.2f}x {row['nats'] - table[0]['nats']:+.4f} nats, KL {row['kl']:.4f}")
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+    save_result(path, device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens, budget=kept, rows=rows,
+                policy={k: v for k, v in policy.settings.items() if "damage" not in k})
+    frontier_chart(path.with_suffix(".png"), rows, task)
+    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}")
 
 
-def frontier_chart(path, table, task):
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+def frontier_cells(rows, speedups):
+    """A row a method, a column a speedup; under them what the first policy keeps of the best static plan's loss."""
+    full, lost = rows[0], lambda r: [x - f for x, f in zip(r["each"]["nats"], rows[0]["each"]["nats"])]
+    cell = lambda r: f"{r['nats'] - full['nats']:+.4f}, {r['kl']:.4f} ({r['speedup']:.2f}x)"
+    find = {(r["method"], r["target"]): r for r in rows}
+    methods = list(dict.fromkeys(r["method"] for r in rows[3:]))
+    cells = [[m, *(cell(find[m, s]) for s in speedups)] for m in methods]
+    for what, each in (("nats", lost), ("KL", lambda r: r["each"]["kl"])):
+        ratios = []
+        for s in speedups:
+            dash, static = each(find[methods[3], s]), each(find["best static plan", s])
+            low, high = bootstrap(lambda a, b: a.sum(1) / b.sum(1), dash, static)
+            ratios.append(f"{sum(dash) / sum(static):.2f} [{low:.2f}, {high:.2f}]")
+        cells.append([f"{methods[3]} / best static, {what}", *ratios])
+    for r in rows[1:3]:
+        cells.append([r["method"], cell(r), *[""] * (len(speedups) - 1)])
+    return ["", *(f"{s:g}x" for s in speedups)], cells
+
+
+def frontier_chart(path, rows, task):
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, color, label in (("random_mix", "tab:gray", "random states"), ("static_mix", "tab:orange", "best static plan"),
-                                 ("dash", "tab:blue", "DASH, per token")):
-        rows = [r for r in table if r["method"] == method]
-        axes.plot([r["speedup"] for r in rows], [r["kl"] for r in rows], marker="o", color=color, label=label)
-    for r in table[1:3]:
+    colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
+    others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
+    for method in dict.fromkeys(r["method"] for r in rows[3:]):
+        those = [r for r in rows if r["method"] == method]
+        color = colors.get(method) or next(others, None)
+        axes.plot([r["speedup"] for r in those], [r["kl"] for r in those], marker="o", markersize=4, color=color, label=method)
+    for r in rows[1:3]:
         axes.plot(r["speedup"], r["kl"], marker="s", color="black", linestyle="none")
-        axes.annotate(f"all {r['method'].upper()}", (r["speedup"], r["kl"]), xytext=(-6, 8), textcoords="offset points", ha="right")
-    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", ylim=(0, None))
+        axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(-6, 8), textcoords="offset points", ha="right")
+    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", yscale="log")
     axes.legend()
     save_figure(figure, path)
+
+
+@torch.inference_mode()
+def budget(args, policy, task, speedups, tokens=512, prompt=32):
+    """Speedup in bits of `tokens` decoded tokens of test text, one by one, with the price fixed and with the price tracking."""
+    model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16)
+    model.quantize(real=True, int4=policy.int4)
+    size = min(tokens + prompt, model.config.block_size)
+    out = []
+    for n, example in enumerate(load_examples(task, "test", tokenizer, 3, size, args.data_dir, policy.costs.device, spread=True)):
+        for speedup in speedups:
+            row = {"text": f"{task}, {n + 1}", "asked": speedup}
+            for way in ("fixed", "tracked"):
+                policy.at(speedup, track=way == "tracked")
+                cache, states = KVCache(model, 1, size), []
+                model.hidden(example.rows[:, :prompt], policy, cache)
+                for t in tqdm(range(prompt, example.rows.shape[1]), desc=f"{row['text']}, {speedup:g}x, {way}", leave=False):
+                    model.hidden(example.rows[:, t : t + 1], policy, cache)
+                    states.append(policy.states)
+                row[way] = speedup_bits(torch.cat(states, 2), policy.costs)
+            out.append(row)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -320,10 +408,34 @@ def speed(args):
         "bandwidth_gb_s": bandwidth,
         "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
     path = Path(args.results) / f"speed-{device.type}.json"
-    save_result(path, device, model, args.seed, **result)
+    caption = (f"Batch 1, prompt of 64 tokens, {tokens} new ones, median step, {args.rounds} alternating rounds, {threads} threads; the policy "
+               f"was trained for --cost {policy.settings.get('cost', 'bits')}.")
+    markdown = speed_tables(result)
+    save_result(path, device, model, args.seed, caption=caption, markdown=markdown, **result)
     speed_chart(path.with_suffix(".png"), result, device_name(device))
-    print(json.dumps({k: v for k, v in result.items() if k != "policy"}, indent=1))
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}")
+
+
+def speed_tables(r):
+    ms, ratio_of = r["latency_ms"], lambda name: "not installed" if r["ratios"][name] is None else f"{r['ratios'][name]:.2f}"
+    rows = [[name, goal, ratio_of(name)] for name, goal in
+            (("bf16 / transformers bf16", ">= 2.0"), ("INT4 / llama.cpp Q4_1", ">= 1.0"), ("INT8 / bf16", ">= 1.6"), ("INT4 / bf16", ">= 2.4"))]
+    for row in r["routed"]:
+        rows.append([f"routed / same states known ahead, horizon {row['horizon']}, {row['speedup_target']:g}x asked",
+                     "<= 1.03" if row["horizon"] > 1 else "reported", f"{row['routed_over_known']:.3f}"])
+    for row in r["routed"]:
+        if row["horizon"] > 1:
+            rows.append([f"promised / measured at {row['speedup_target']:g}x asked (measured {row['measured']:.2f}x)", "0.95 to 1.05",
+                         f"{row['promised_over_measured']:.3f}"])
+    rows += [["weights in all three precisions / bf16 alone", "<= 1.9", f"{r['memory']['all precisions / bf16']:.2f}"],
+             [f"first token of {r['first_token']['prompt_tokens']}, routed at 1.67x / full", "<= 1.1", f"{r['first_token']['routed / full']:.2f}"]]
+    share = r["share_of_bandwidth"]
+    return "\n\n".join([
+        format_table(["path", "tokens/s", "share of the memory bandwidth"],
+                     [[name, f"{v:.1f}", f"{100 * share[name]:.0f}%" if name in share else ""] for name, v in r["tokens_per_second"].items()]),
+        format_table(["figure", "goal", "measured"], rows),
+        f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
+        f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
 
 
 def speed_chart(path, result, device):
@@ -355,105 +467,34 @@ def ablation(args):
     skip = {}
     for name, scale in (("none, a_i = 1", [1.0] * model.config.n_layer), ("least squares", found["least_squares"].tolist()),
                         ("norm ratio", found["norm_ratio"].tolist())):
-        damage = sensitivities(model, few, scale, states=[0])[1:-1, 0]
+        damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
         skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
-    rows = windows(tokenizer, test_text, args.limit or 8, size).to(device)
+    rows = load_examples("pydocs", "test", tokenizer, args.limit or 8, size, device=device)
     [plain] = compare(model, rows, [None], bit_costs(model.config))
     model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
     [int8] = compare(model, rows, [None], bit_costs(model.config))
     path = Path(args.results) / "ablation.json"
-    save_result(path, device, model, args.seed, text="held-out pydocs", skip_tokens=few.numel(), skip_kl=skip,
-                head_tokens=rows.numel(), head_nats={"16 bits": plain["nats"], "INT8": int8["nats"]})
-    print(json.dumps({"skip_kl": skip, "head_nats": [plain["nats"], int8["nats"]]}, indent=1))
-    print(f"wrote {path}")
+    header = [f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens", "KL when one block is skipped: mean over blocks", "median", "worst"]
+    markdown = format_table(header,
+                            [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()])
+    markdown += f"\n\nHead of generation, {args.limit or 8} windows: {plain['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."
+    save_result(path, device, model, args.seed, caption="Held-out pydocs.", markdown=markdown, skip_tokens=few.numel(), skip_kl=skip,
+                head_nats={"16 bits": plain["nats"], "INT8": int8["nats"]})
+    print(f"{markdown}\n\nwrote {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# report: the README's tables, from results/
-
-
-def report_train(r):
-    yield f"Held-out {r['settings']['data']}, {r['tokens']} tokens, fp32, INT4 by GPTQ, objective {r['settings']['objective']}; {about(r)}; {r['seconds']} s in all."
-    yield ""
-    yield "| | speedup in bits | nats | lost | KL to full | top-1 agreement | skip / INT4 / INT8 / full |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in r["rows"]:
-        shares = " / ".join(f"{100 * row['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))
-        yield (f"| {row['name']} | {row['speedup']:.2f}x | {row['nats']:.4f} | {row['nats'] - r['rows'][0]['nats']:+.4f} | {row['kl']:.4f} | "
-               f"{100 * row['top1']:.1f}% | {shares} |")
-
-
-def report_frontier(r):
-    yield f"{r['text']}, {r['tokens']} tokens in windows of 1,024, trained on {r['policy']['data']}, horizon {r['policy']['horizon']}; {about(r)}. Full model {r['rows'][0]['nats']:.4f} nats."
-    yield ""
-    yield "| speedup in bits | random: nats lost, KL | best static plan | DASH | DASH / static, nats and KL |"
-    yield "|---|---|---|---|---|"
-    full = r["rows"][0]["nats"]
-    cell = lambda row: f"{row['nats'] - full:+.4f}, {row['kl']:.4f} ({row['speedup']:.2f}x)"
-    for n in range(3, len(r["rows"]), 3):
-        random, static, dash = r["rows"][n : n + 3]
-        yield (f"| {random['target']:g}x | {cell(random)} | {cell(static)} | {cell(dash)} | {(dash['nats'] - full) / (static['nats'] - full):.2f}, "
-               f"{dash['kl'] / static['kl']:.2f} |")
-    for row in r["rows"][1:3]:
-        yield f"| all {row['method'].upper()} | | {cell(row)} | | |"
-
-
-def report_speed(r):
-    yield f"Batch 1, prompt of {r['prompt_tokens']} tokens, {r['tokens']} new ones, median step, {r['rounds']} alternating rounds, {r['threads']} threads; {about(r)}."
-    yield ""
-    yield "| path | tokens/s |"
-    yield "|---|---|"
-    for name, value in r["tokens_per_second"].items():
-        yield f"| {name} | {value:.1f} |"
-    yield ""
-    yield "| figure | goal | measured |"
-    yield "|---|---|---|"
-    goals = {"bf16 / transformers bf16": ">= 2.0", "INT4 / llama.cpp Q4_1": ">= 1.0", "INT8 / bf16": ">= 1.6", "INT4 / bf16": ">= 2.4"}
-    for name, goal in goals.items():
-        value = r["ratios"][name]
-        yield f"| {name} | {goal} | {'not installed' if value is None else f'{value:.2f}'} |"
-    for row in r["routed"]:
-        yield f"| routed / same states known ahead, horizon {row['horizon']}, {row['speedup_target']:g}x asked | {'<= 1.03' if row['horizon'] > 1 else 'reported'} | {row['routed_over_known']:.3f} |"
-    for row in r["routed"]:
-        if row["horizon"] > 1:
-            yield f"| promised / measured at {row['speedup_target']:g}x asked (measured {row['measured']:.2f}x) | 0.95 to 1.05 | {row['promised_over_measured']:.3f} |"
-    yield f"| weights in all three precisions / bf16 alone | <= 1.9 | {r['memory']['all precisions / bf16']:.2f} |"
-    yield f"| first token of {r['first_token']['prompt_tokens']}, routed at 1.67x / full | <= 1.1 | {r['first_token']['routed / full']:.2f} |"
-    ms = r["latency_ms"]
-    yield ""
-    yield (f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
-           f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Reading the weights at the {r['bandwidth_gb_s']:.0f} GB/s "
-           f"measured in the same run would allow {1 / r['share_of_bandwidth']['all bf16']:.1f}, {1 / r['share_of_bandwidth']['all INT8']:.1f} and "
-           f"{1 / r['share_of_bandwidth']['all INT4']:.1f} times the tokens/s of bf16, INT8 and INT4.")
-
-
-def report_ablation(r):
-    yield f"{r['text']}; {about(r)}."
-    yield ""
-    yield f"| scale a_i of a skipped block (Eq 6-7), {r['skip_tokens']} tokens | KL when one block is skipped: mean over blocks | median | worst |"
-    yield "|---|---|---|---|"
-    for name, v in r["skip_kl"].items():
-        yield f"| {name} | {v['mean']:.3f} | {v['median']:.3f} | {v['worst']:.2f} |"
-    yield ""
-    yield (f"Head of generation, {r['head_tokens']} tokens: {r['head_nats']['16 bits']:.4f} nats with the weights as loaded, "
-           f"{r['head_nats']['INT8']:.4f} in INT8.")
-
-
-def about(r):
-    return f"{r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}"
-
-
-REPORTS = {"train": report_train, "frontier": report_frontier, "speed-cpu": report_speed, "ablation": report_ablation}
+# report
 
 
 def render(readme, results):
     """The README's text with every part between <!-- NAME --> and <!-- /NAME --> made anew from results/NAME.json."""
-    for name, rows in REPORTS.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    for file in sorted(Path(results).glob("*.json")):
+        begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
         if begin not in readme or end not in readme:
             raise ValueError(f"README.md has no part between {begin.strip()} and {end}")
-        text = "\n".join(rows(read_json(Path(results) / f"{name}.json")))
-        readme = readme[: readme.index(begin) + len(begin)] + text + "\n" + readme[readme.index(end) :]
+        text = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
+        readme = readme[: readme.index(begin) + len(begin)] + text + readme[readme.index(end) :]
     return readme
 
 
@@ -466,16 +507,17 @@ def report(args):
 def main():
     p = Parser(__doc__)
     p.add_argument("command", nargs="?", default="eval", choices=["eval", "frontier", "speed", "ablation", "report"])
-    p.add_argument("--task", default="lm", choices=["lm", "wikitext2"], help="lm reads --file, or held-out pydocs without it")
-    p.add_argument("--file", help="a UTF-8 text file for --task lm")
-    p.add_argument("--data-dir", help="folder with wikitext2/test.txt and so on")
+    p.add_argument("--task", default="lm", choices=["lm", "wikitext2", *CHOICE_TASKS, "mc"], help="lm reads --file, or held-out pydocs without it")
+    p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
+    p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS)
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
-    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash and for speed")
+    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash, frontier and speed")
+    p.add_argument("--compare", nargs="*", default=[], help="frontier: more policies, of other objectives, horizons or seeds")
     p.add_argument("--model", default="smollm2")
-    p.add_argument("--limit", type=int, help="windows of 1,024 tokens to evaluate, from the start (default 8)")
+    p.add_argument("--limit", type=int, help="windows of 1,024 tokens (default 8) or items (default 100) to evaluate, from the start")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
-    p.add_argument("--results", default="results", help="speed: folder to write into")
+    p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")

@@ -4,10 +4,15 @@
                 dropped first, then about every fifth character is held out, topic by topic
     wikitext2   DIR/wikitext2/train.txt and test.txt, from --data-dir DIR
     lm          any UTF-8 text file, given by --file or --data: its last fifth is held out when one trains on it
+    arc_easy, arc_challenge, mmlu    multiple choice: DIR/TASK/train.jsonl and test.jsonl, from --data-dir DIR
+    mc          any JSONL of that form, {"question", "choices", "answer": index} and for mmlu's prompt "subject"
 
-Training and calibration read "train", reports read "test". Nothing is trained on a test split.
+Multiple choice is scored by the likelihood of each choice after the question, with the prompts of lm-evaluation-harness
+(Gao et al., EleutherAI). Training and calibration read "train", reports read "test". Nothing is trained on a test split.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,19 +48,114 @@ def pydocs(split):
     return "\n\n".join(parts[split])
 
 
-def load_text(name, split, data_dir=None):
-    """Text of "pydocs", "wikitext2" (needs data_dir) or a file, split "train" or "test" -> str."""
+CHOICE_TASKS = ("arc_easy", "arc_challenge", "mmlu")
+
+
+def is_choice(name):
+    return name in CHOICE_TASKS or str(name).endswith(".jsonl")
+
+
+def load_text(name, split, data_dir=None, choice=None):
+    """Text of "pydocs", "wikitext2" (needs data_dir), a file, or multiple-choice items with their right answers -> str.
+
+    split: "train", "test", or None for a whole file; choice: whether a file holds items, by default if its name ends in .jsonl.
+    """
     if name == "pydocs":
         return pydocs(split)
+    if is_choice(name) if choice is None else choice:
+        parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
+        return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "wikitext2":
         if data_dir is None:
             raise ValueError("wikitext2 needs --data-dir DIR with DIR/wikitext2/train.txt and test.txt")
         return read_text(Path(data_dir) / "wikitext2" / f"{split}.txt")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, or a text file")
+        raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, {', '.join(CHOICE_TASKS)}, or a file that is there")
     text = read_text(name)
     cut = len(text) * 4 // 5
-    return text[:cut] if split == "train" else text[cut:]
+    return text if split is None else text[:cut] if split == "train" else text[cut:]
+
+
+def load_items(name, split, data_dir=None):
+    """Multiple-choice items of a task (needs data_dir) or a JSONL file: [{"question", "choices", "answer"}].
+
+    A file's last fifth is "test", the rest "train"; split None gives all. Errors name the path and the line.
+    """
+    if name in CHOICE_TASKS and data_dir is None:
+        raise ValueError(f"{name} needs --data-dir DIR with DIR/{name}/train.jsonl and test.jsonl")
+    path = Path(data_dir) / name / f"{split}.jsonl" if name in CHOICE_TASKS else Path(name)
+    items = []
+    for n, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            item = json.loads(line)
+            choices, answer = item["choices"], item["answer"]
+            if not isinstance(item["question"], str) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+                raise ValueError("question or choices are no text")
+            if type(answer) is not int or not 0 <= answer < len(choices):
+                raise ValueError(f"answer {answer!r} is no index of the choices")
+            items.append(item)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path}, line {n}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
+    if name in CHOICE_TASKS or split is None:
+        return items
+    cut = max(1, len(items) * 4 // 5)
+    return items[:cut] if split == "train" else items[cut:] or items[-1:]
+
+
+def question(item):
+    """An item -> (context, [continuation of each choice]): for mmlu the letters, else the choices themselves."""
+    if "subject" in item:
+        letters = "ABCDEFGHIJ"[: len(item["choices"])]
+        listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, item["choices"]))
+        head = f"The following are multiple choice questions (with answers) about {item['subject'].replace('_', ' ')}.\n\n"
+        return f"{head}{item['question'].strip()}\n{listed}Answer:", [f" {letter}" for letter in letters]
+    return f"Question: {item['question']}\nAnswer:", [f" {choice}" for choice in item["choices"]]
+
+
+@dataclass
+class Example:
+    """What a model is run on and what it is to predict: a window of text, or the rows of one multiple-choice item."""
+
+    rows: torch.Tensor  # (R, T) int64, padded with 0 at the end
+    lengths: list  # of the R rows
+    choices: list = None  # items: of each choice (row, start, its ids (n,) int64); None for text
+    answer: int = 0  # items: index of the right choice
+
+    def keep(self):
+        """(R, T) bool: the tokens that are no padding."""
+        return torch.arange(self.rows.shape[1], device=self.rows.device) < torch.tensor(self.lengths, device=self.rows.device)[:, None]
+
+
+def text_examples(rows):
+    """Windows (n, T) -> one Example each."""
+    return [Example(row[None], [len(row)]) for row in rows]
+
+
+def item_examples(tokenizer, items, longest, device):
+    """Items -> Examples; choices that differ in their last token only share one row. ValueError when one is too long."""
+    out = []
+    for item in items:
+        context, choices = question(item)
+        start, rows, spans = len(tokenizer.encode(context)), [], []
+        for choice in choices:
+            ids = tokenizer.encode(context + choice)
+            if len(ids) - 1 > longest:
+                raise ValueError(f"an item has {len(ids)} tokens, the context is {longest}: {item['question'][:60]!r}")
+            if ids[:-1] not in rows:
+                rows.append(ids[:-1])
+            spans.append((rows.index(ids[:-1]), start, torch.tensor(ids[start:], device=device)))
+        padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for row, ids in zip(padded, rows):
+            row[: len(ids)] = torch.tensor(ids)
+        out.append(Example(padded.to(device), [len(ids) for ids in rows], spans, item["answer"]))
+    return out
+
+
+def load_examples(name, split, tokenizer, n, size, data_dir=None, device="cpu", spread=False, choice=None):
+    """Up to n Examples of a task or file (see `load_text`): windows of `size` tokens, or items of at most `size` tokens."""
+    if is_choice(name) if choice is None else choice:
+        return item_examples(tokenizer, load_items(name, split, data_dir)[:n], size, device)
+    return text_examples(windows(tokenizer, load_text(name, split, data_dir), n, size, name, spread).to(device))
 
 
 def windows(tokenizer, text, n, size, where="the text", spread=False):

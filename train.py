@@ -5,7 +5,7 @@
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default)
                    --objective rl       the paper's policy gradient (Eq 11-17), started from static sensitivities
-    4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4, closed loop
+    4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4.5
     5  compare     on held-out text: full model, DASH, static, all INT8, random states
 
 Fisher labels. Put a gate a = 0 on every (block, token, state): each product computes x W + a stop(x (W_s - W)), so that a = 1
@@ -31,16 +31,16 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data import load_text, windows
-from model import load
-from policy import (INDEX, INDEX_OF, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, bit_costs, command_line, goal_cost,
-                    latency_costs, mean_cost, most_speedup, pick_device, plan, policy_gradient, random_states,
-                    read_safetensors, returns, rewards, save_result, speedup_bits, state_shares, static_plan, temperature,
-                    total_loss, write_whole)
+from data import Example, is_choice, load_examples, load_text, text_examples, windows
+from model import load, read_codes
+from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket,
+                    command_line, format_table, goal_cost, latency_costs, mean_cost, most_speedup, pick_device, plan, policy_gradient,
+                    random_states, read_safetensors, returns, rewards, save_result, speedup_bits, state_shares, static_plan,
+                    temperature, total_loss, write_whole)
 from quant import dequantize_int4, gptq_int4, pack_nibbles
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
-TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0]  # speedups with a price
+TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0, 4.25, 4.5]  # speedups with a price
 WINDOW, POOL = 256, 64  # tokens of a window, and windows, that INT4 rounding and the policy gradient see
 LONG = 1024  # tokens of a window with Fisher labels
 BATCH, ROLLOUTS = 2, 4  # policy gradient: windows a step, rollouts of each
@@ -94,30 +94,31 @@ class Rounding:
     """Stands in for a layer's INT4 weight while its codes are chosen: the one call sees every calibration input at once,
     and what comes after it in the block sees outputs that are quantised already."""
 
-    def __init__(self, linear):
-        self.linear = linear
+    def __init__(self, linear, codes):
+        self.linear, self.codes = linear, codes
 
     def __call__(self, x):
-        self.codes = gptq_int4(self.linear.weight, x.T @ x)
+        self.codes = self.codes or gptq_int4(self.linear.weight, x.T @ x)
         return F.linear(x, dequantize_int4(*self.codes))
 
 
 @torch.no_grad()
-def choose_codes(model, tokens):
-    """INT4 codes of every layer from calibration tokens (n, T): {"BLOCK.LAYER": (codes, scale, zero)}.
+def choose_codes(model, tokens, codes, keep):
+    """Fill codes {"BLOCK.LAYER": (codes, scale, zero)}, which may hold the first blocks already, from calibration tokens (n, T).
 
     Sequential: each block's inputs come from the quantised blocks before it; the first block, which always runs in FP16,
-    passes on its FP16 output.
+    passes on its FP16 output. `keep(codes)` is called every few blocks.
     """
-    x, rope, codes = model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1]), {}
+    x, rope = model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1])
     for i, block in enumerate(tqdm(model.blocks, desc="round to INT4")):
-        for linear in block.linears().values():
-            linear.low["round"] = Rounding(linear)
+        for name, linear in block.linears().items():
+            linear.low["round"] = Rounding(linear, codes.get(f"{i}.{name}"))
         y = block(x, len(tokens), [("round", None)], 1.0, rope)
         for name, linear in block.linears().items():
             codes[f"{i}.{name}"] = linear.low.pop("round").codes
         x = y if i else block(x, len(tokens), [(4, None)], 1.0, rope)
-    return codes
+        if i % 6 == 5:
+            keep(codes)
 
 
 def codes_name(tokens):
@@ -126,25 +127,42 @@ def codes_name(tokens):
 
 
 def cache_codes(model, tokens):
-    """Choose INT4 codes on calibration tokens (n, T) and cache them beside the model, unless they are there."""
+    """Choose INT4 codes on calibration tokens (n, T) and cache them beside the model, unless they are there. A run that was killed
+    goes on from the blocks that it had."""
     path = model.codes_file(codes_name(tokens))
     if path.exists():
         return
-    tensors = {}
-    for key, (codes, scale, zero) in choose_codes(model, tokens).items():
-        tensors |= {key + ".codes": pack_nibbles(codes), key + ".width": torch.tensor(codes.shape[1]),
-                    key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
-    write_whole(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+
+    def write(path, codes):
+        tensors = {}
+        for key, (code, scale, zero) in codes.items():
+            tensors |= {key + ".codes": pack_nibbles(code), key + ".width": torch.tensor(code.shape[1]),
+                        key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
+        write_whole(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+
+    some = path.with_suffix(".some")
+    codes = read_codes(some, tokens.device) if some.exists() else {}
+    choose_codes(model, tokens, codes, keep=lambda codes: write(some, codes))
+    write(path, codes)
+    some.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 3a Static sensitivities
 
 
-@torch.no_grad()
-def log_probs(model, tokens, policy=None):
-    """(B, T) -> log-probabilities of the next token (B, T, vocab) fp32."""
-    return model(tokens, policy).float().log_softmax(-1)
+def outcomes(model, hidden, example):
+    """What an example predicts, from its last hidden states (R, T, C): log-probabilities (n, k) and the right ones (n,).
+
+    Text: every next token, k the vocabulary. Multiple choice: n = 1, k choices, each by its likelihood after the question.
+    """
+    if example.choices is None:
+        return model.head(hidden[0, :-1]).float().log_softmax(-1), example.rows[0, 1:]
+    total = []
+    for row, start, ids in example.choices:
+        logp = model.head(hidden[row, start - 1 : start - 1 + len(ids)]).float().log_softmax(-1)
+        total.append(logp.gather(1, ids[:, None]).sum())
+    return torch.stack(total)[None].log_softmax(-1), torch.tensor([example.answer], device=hidden.device)
 
 
 def kl(full, routed):
@@ -153,25 +171,27 @@ def kl(full, routed):
 
 
 @torch.no_grad()
-def sensitivities(model, tokens, scale, states=(0, 1, 2)):
-    """KL to the full model, in nats a token, when one block alone runs in one state: (L, 4) over STATES.
+def sensitivities(model, examples, scale, states=(0, 1, 2)):
+    """KL to the full model when one block alone runs in one state, in nats for each token that was run: (L, 4) over STATES.
 
     The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
     Every run starts at its block, from the full model's hidden states.
     """
-    L, damage = len(model.blocks), torch.zeros(len(model.blocks), 4)
-    inputs, rope = [], model.rope(0, tokens.shape[1])
-    x, B = model.embed(tokens).flatten(0, 1), len(tokens)
-    for block in model.blocks:
-        inputs.append(x)
-        x = block(x, B, [(4, None)], 1.0, rope)
-    full = model.head(model.norm(x)).float().log_softmax(-1)
-    for i in tqdm(range(1, L), desc="sensitivity", leave=False):
-        for k in [INDEX_OF[s] for s in states if s or i < L - 1]:
-            x = inputs[i]
-            for j in range(i, L):
-                x = model.blocks[j](x, B, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope)
-            damage[i, k] = kl(full, model.head(model.norm(x)).float().log_softmax(-1)).mean()
+    L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), sum(sum(e.lengths) for e in examples)
+    for example in tqdm(examples, desc="sensitivity", leave=False):
+        R, T = example.rows.shape
+        inputs, rope, x = [], model.rope(0, T), model.embed(example.rows).flatten(0, 1)
+        predict = lambda x: outcomes(model, model.norm(x).view(R, T, -1), example)[0]
+        for block in model.blocks:
+            inputs.append(x)
+            x = block(x, R, [(4, None)], 1.0, rope)
+        full = predict(x)
+        for i in range(1, L):
+            for k in [INDEX_OF[s] for s in states if s or i < L - 1]:
+                x = inputs[i]
+                for j in range(i, L):
+                    x = model.blocks[j](x, R, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope)
+                damage[i, k] += float(kl(full, predict(x)).sum()) / tokens
     return damage
 
 
@@ -195,61 +215,84 @@ class Gated:
         return y
 
 
-def fisher_labels(model, window, scale, draws, generator, watch=None):
-    """Half the squared derivative of the sequence's log-likelihood by every gate, averaged over draws of the targets.
+def draws(model, hidden, example, generator):
+    """Targets drawn from the model's own distribution, without end: yields d log p(targets) / d hidden, (N, C).
 
-    window (T,) -> (T, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats. `watch(i, x)` sees every block's input x (T, C).
+    Text: a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never
+    touch the head again. Multiple choice: one answer.
     """
-    L, T, x, rope = len(model.blocks), len(window), model.embed(window), model.rope(0, len(window))
-    gates = [torch.zeros(3, T, device=x.device, requires_grad=True) for _ in range(L)]
+    if example.choices is None:
+        with torch.no_grad():
+            p = model.head(hidden).softmax(-1)
+            expected = p @ model.head.weight
+        while True:
+            target = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
+            yield model.head.weight[target] - expected
+    logp = outcomes(model, hidden, example)[0][0]
+    while True:
+        pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
+        yield torch.autograd.grad(logp[pick], hidden, retain_graph=True)[0]
+
+
+def fisher_labels(model, example, scale, n_draws, generator, watch=None):
+    """Half the squared derivative of log p(targets) by every gate, averaged over draws of the targets.
+
+    Example with N tokens -> (N, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats, each the harm done to all that the example
+    predicts. `watch(i, x)` sees every block's input x (R, T, C).
+    """
+    R, T = example.rows.shape
+    L, x, rope = len(model.blocks), model.embed(example.rows).flatten(0, 1), model.rope(0, T)
+    gates = [torch.zeros(3, R * T, device=x.device, requires_grad=True) for _ in range(L)]
     for i, (block, gate) in enumerate(zip(model.blocks, gates)):
         if watch:
-            watch(i, x.detach())
+            watch(i, x.detach().view(R, T, -1))
         if i == 0:
-            x = block(x, 1, [(4, None)], 1.0, rope)
+            x = block(x, R, [(4, None)], 1.0, rope)
             continue
         for name, linear in block.linears().items():
             linear.low["gate"] = Gated(linear, gate, block.q_size if name == "qkv" else None)
-        y = block(x, 1, [("gate", None)], 1.0, rope)
+        y = block(x, R, [("gate", None)], 1.0, rope)
         x = y if i == L - 1 else torch.addcmul(y, gate[0, :, None], (scale[i] * x - y).detach())
         for linear in block.linears().values():
             del linear.low["gate"]
-    hidden, labels = model.norm(x), 0.0
-    with torch.no_grad():
-        p = model.head(hidden).softmax(-1)
-        expected = p @ model.head.weight
-    for _ in range(draws):  # d log p(target) / d hidden: the target's row of the head minus the expected row
-        target = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
-        slopes = torch.autograd.grad(hidden, gates[1:], model.head.weight[target] - expected, retain_graph=True)
-        labels = labels + torch.stack(slopes).square() / (2 * draws)
-    return labels.permute(2, 0, 1)
+    hidden = model.norm(x).view(R, T, -1)
+    labels, source = 0.0, draws(model, hidden.detach().requires_grad_() if example.choices else hidden.detach()[0], example, generator)
+    for _ in range(n_draws):
+        slopes = torch.autograd.grad(hidden, gates[1:], next(source).view_as(hidden), retain_graph=True)
+        labels = labels + torch.stack(slopes).square() / (2 * n_draws)
+    return labels.permute(2, 0, 1)[example.keep().flatten()]
 
 
-def gather_labels(model, tokens, scale, horizon, seed, checkpoint, draws=2):
-    """Labels of all windows (n, T) and what the scorer will see: (labels (n T, L - 1, 3), {plan: hidden states (n T, C)}).
+def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint, n_draws=1):
+    """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,).
 
-    Saved every few windows; every window draws from its own generator, so a resumed run draws the same.
+    Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
     """
-    L = len(model.blocks)
+    L, device = len(model.blocks), examples[0].rows.device
     plans = [i for i in range(L) if plan(i, L, horizon)]
-    parts = [checkpoint.tensors] if checkpoint.meta["step"] else []
-    for n in tqdm(range(checkpoint.meta["step"], len(tokens)), desc="fisher labels", initial=checkpoint.meta["step"], total=len(tokens)):
-        part = {}
+    done = checkpoint.meta["step"]
+    parts, saved = [checkpoint.tensors] if done else [], 0
+    for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
+        part, keep = {}, examples[n].keep()
 
         def watch(i, x):
             if i in plans:
-                part[f"input.{i}"] = x.bfloat16()
+                part[f"input.{i}"] = scorer.features(x, 0)[keep].detach().bfloat16()
 
-        part["labels"] = fisher_labels(model, tokens[n], scale, draws, torch.Generator().manual_seed(seed * 1000003 + n), watch)
+        generator = torch.Generator().manual_seed(seed * 1000003 + n)
+        part["labels"] = fisher_labels(model, examples[n], scale, n_draws, generator, watch)
+        part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
         parts.append(part)
-        if (n + 1) % 4 == 0 or n + 1 == len(tokens):
-            parts = [{k: torch.cat([p[k].to(tokens.device) for p in parts]) for k in part}]
+        saved += len(part["labels"])
+        if saved >= 4096 or n + 1 == len(examples):
+            parts, saved = [{k: torch.cat([p[k].to(device) for p in parts]) for k in part}], 0
             checkpoint.write(n + 1, parts[0])
-    return parts[0]["labels"].to(tokens.device), {i: parts[0][f"input.{i}"].to(tokens.device) for i in plans}
+    found = {k: t.to(device) for k, t in parts[0].items()}
+    return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"]
 
 
-def fit(scorer, labels, inputs, T, horizon, seed, epochs=6, batch=256, lr=1e-3):
-    """Fit log damage to labels (N, L - 1, 3) of windows of T tokens: the loss r + y exp(-r) is least where exp(r) is E[y].
+def fit(scorer, labels, inputs, horizon, seed, epochs=8, batch=64, lr=1e-3):
+    """Fit log damage to labels (N, L - 1, 3) from inputs {block: (N, d + 2)}: the loss r + y exp(-r) is least where exp(r) is E[y].
 
     y: label over its block's mean, cut at 50; r: predicted log damage minus the block's log mean; weighted by the root of
     the block mean. The scorer starts at the means: its bias is set to their logarithm.
@@ -260,7 +303,6 @@ def fit(scorer, labels, inputs, T, horizon, seed, epochs=6, batch=256, lr=1e-3):
     weight[-1, 0] = 0.0  # the last block is never skipped
     with torch.no_grad():
         scorer.bias[1:, :, :3] = mean.log()[:, None]
-    features = {i: scorer.features(x.view(-1, T, x.shape[-1]), 0).flatten(0, 1) for i, x in inputs.items()}
     optimizer = torch.optim.AdamW(scorer.parameters(), lr)
     generator, steps = torch.Generator().manual_seed(seed), epochs * (N // batch or 1)
     torch.manual_seed(seed)  # dropout
@@ -271,10 +313,10 @@ def fit(scorer, labels, inputs, T, horizon, seed, epochs=6, batch=256, lr=1e-3):
         losses = []
         for rows in torch.randperm(N, generator=generator).split(batch)[: N // batch or 1]:
             loss = 0.0
-            for i, f in features.items():
+            for i, f in inputs.items():
                 blocks = plan(i, L, horizon)
                 these = slice(blocks[0] - 1, blocks[-1])
-                r = scorer.log_damage(f[rows, None], blocks)[:, 0, :, :, :3].mean(2) - mean[these].log()
+                r = scorer.log_damage(f[rows, None].float(), blocks)[:, 0, :, :, :3].mean(2) - mean[these].log()
                 loss = loss + ((r + y[rows, these] * (-r).exp()) * weight[these]).sum((1, 2)).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -304,21 +346,39 @@ class Rollout(Policy):
         index, out = INDEX.to(self.states.device)[self.states.long()], []
         for i, features in self.seen.items():
             blocks = plan(i, len(self.scale), self.horizon)
-            logp = (self.priced(self.scorer(features, blocks), blocks) / self.tau).log_softmax(-1)
+            logp = (self.priced(self.scorer(features, blocks)) / self.tau).log_softmax(-1)
             before, chosen = (index[blocks[0] - k : blocks[-1] + 1 - k].permute(1, 2, 0)[..., None] for k in (1, 0))
             logp = logp.gather(3, before[..., None].expand(-1, -1, -1, 1, 4))[..., 0, :]  # (B, T, g, 4): the row of s
             out.append(logp.gather(3, chosen)[..., 0].permute(2, 0, 1))
         return torch.cat(out)
 
 
-def leave_one_out(G, rollouts):
-    """The baseline b of Eq 16: the mean G of the other rollouts of the same window. G (L, B * rollouts, T)."""
-    g = G.unflatten(1, (-1, rollouts))
-    return ((g.sum(2, keepdim=True) - g) / (rollouts - 1)).flatten(1, 2)
+def leave_one_out(G):
+    """The baseline b of Eq 16: the mean G of the other rollouts of the same example. G (L, rollouts, ...)."""
+    return (G.sum(1, keepdim=True) - G) / (G.shape[1] - 1)
 
 
-def learn(policy, model, pool, beta, unit, steps, target_cost, checkpoint, log):
-    """REINFORCE on windows of the pool (n, T); trains policy.scorer in place. Resumes from `checkpoint` when it has a step.
+def reward_of(model, example, policy):
+    """R_acc of Eq 13 for ROLLOUTS sampled runs of an example: (rollouts, tokens), and the states (L, rollouts, tokens) that made it.
+
+    Text: log p_routed - log p_full of the token that follows; the last token has none. Multiple choice: +-1 for all tokens.
+    """
+    R, keep = len(example.rows), example.keep()
+    with torch.no_grad():
+        logp, right = outcomes(model, model.hidden(example.rows), example)
+        hidden = model.hidden(example.rows.repeat(ROLLOUTS, 1), policy).unflatten(0, (ROLLOUTS, R))
+        routed = torch.stack([outcomes(model, h, example)[0] for h in hidden])  # (rollouts, n, k)
+    if example.choices is None:
+        keep = keep & (torch.arange(keep.shape[1], device=keep.device) < keep.shape[1] - 1)
+        r_acc = accuracy_reward(routed.gather(2, right.expand(ROLLOUTS, -1)[..., None])[..., 0], logp.gather(1, right[:, None])[:, 0])
+    else:
+        r_acc = answer_reward(routed[:, 0].argmax(-1) == right).to(keep.device)[:, None].expand(-1, int(keep.sum()))
+    of_tokens = lambda t: t.unflatten(1, (ROLLOUTS, R))[:, :, keep]
+    return r_acc, of_tokens(policy.states), of_tokens
+
+
+def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, log):
+    """REINFORCE on examples; trains policy.scorer in place. Resumes from `checkpoint` when it has a step.
 
     unit: what a difference of 1 in q / tau is worth at the start, in nats, so that exploration has the scale of the damage.
     """
@@ -326,38 +386,31 @@ def learn(policy, model, pool, beta, unit, steps, target_cost, checkpoint, log):
     optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)
     start = checkpoint.restore(policy, optimizer, generator)
     policy.generator = generator
-    nats = torch.cat([target_log_probs(model, rows) for rows in tqdm(pool.split(4), desc="full model", leave=False)])
     bar = tqdm(range(start, steps), desc="policy gradient", initial=start, total=steps)
     for step in bar:
-        pick = torch.randperm(len(pool), generator=generator)[:BATCH]
-        tokens = pool[pick].repeat_interleave(ROLLOUTS, 0)
-        policy.tau, policy.seen = unit * temperature(step, steps), {}
-        r_acc = accuracy_reward(target_log_probs(model, tokens, policy), nats[pick].repeat_interleave(ROLLOUTS, 0))
-        states = policy.states[:, :, :-1]  # the last token of a window has no target, so no reward
-        G = returns(rewards(states, r_acc, beta, STATES if policy.settings["cost"] == "bits" else policy.costs))[1:]
-        advantage = G - leave_one_out(G, ROLLOUTS)
-        scale = advantage.std(dim=(1, 2), keepdim=True) + 1e-6  # ours: each block's advantages in units of their spread
-        logp = policy.log_pi()[:, :, :-1]
-        loss = total_loss(0.0, policy_gradient(logp, advantage / scale, 0.0), ALPHA)
+        policy.tau, losses, gained, costs = unit * temperature(step, steps), [], [], []
         optimizer.zero_grad()
-        loss.backward()
+        for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
+            policy.seen = {}
+            r_acc, states, of_tokens = reward_of(model, examples[n], policy)
+            G = returns(rewards(states, r_acc, beta, STATES if policy.settings["cost"] == "bits" else policy.costs))[1:]
+            advantage = G - leave_one_out(G)
+            spread = advantage.flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of their spread
+            loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), advantage / spread, 0.0), ALPHA) / BATCH
+            loss.backward()
+            losses.append(loss.item())
+            gained.append(r_acc.mean().item())
+            costs.append(mean_cost(states, policy.costs))
         optimizer.step()
-        cost = mean_cost(policy.states, policy.costs)
-        policy.mu += 0.5 * unit * (cost - target_cost)  # ours: the price holds the sampled cost at the target
-        line = {"step": step, "r_acc": r_acc.mean().item(), "cost": cost, "mu": policy.mu, "tau": policy.tau, "loss": loss.item()}
+        mean = lambda v: sum(v) / len(v)
+        policy.mu += 0.5 * unit * (mean(costs) - target_cost)  # ours: the price holds the sampled cost at the target
+        line = {"step": step, "r_acc": mean(gained), "cost": mean(costs), "mu": policy.mu, "tau": policy.tau, "loss": sum(losses)}
         log.write(json.dumps(line) + "\n")
         log.flush()
-        bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{cost:.2f}")
+        bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{line['cost']:.2f}")
         if (step + 1) % 5 == 0 or step + 1 == steps:
             checkpoint.save(step + 1, policy, optimizer, generator)
     policy.tau = None
-
-
-@torch.no_grad()
-def target_log_probs(model, tokens, policy=None):
-    """log p of every next token: (B, T) -> (B, T - 1). Head and softmax row by row, to keep memory small."""
-    hidden = model.hidden(tokens, policy)
-    return torch.stack([-F.cross_entropy(model.head(h[:-1]).float(), t[1:], reduction="none") for h, t in zip(hidden, tokens)])
 
 
 class Checkpoint:
@@ -414,42 +467,96 @@ class OpenLoop(Fixed):
 
 
 @torch.no_grad()
-def calibrate_prices(policy, model, tokens, targets, goals, rounds=2):
-    """The price for every target speedup, closed loop: sets policy.prices to [(speedup, mu)]; goals are the mean costs wanted.
+def calibrate_prices(policy, model, examples, targets, goals):
+    """The price for every target speedup: sets policy.prices to [(speedup, mu)]; goals are the mean costs wanted.
 
-    Open loop first: with q of the full model's hidden states the cost at any mu is a look-up, so mu is found by bisection.
-    Then all targets run at once, each with its own price and a copy of the tokens (n, T), and what the closed loop adds
-    to the cost is taken off the open-loop goal.
+    With q of the full model's hidden states the cost at any mu is a look-up, so mu is found by bisection. That is exact where
+    the whole path is planned after the first block, which runs in full. With a shorter horizon earlier states change what the
+    scorer sees: then all targets run at once on a few short examples, and what that adds to the cost is taken off the goal.
     """
-    L, look = len(policy.scale), OpenLoop(policy)
-    model.hidden(tokens, look)
+    L, device = len(policy.scale), examples[0].rows.device
 
-    def open_cost(mu):
-        policy.mu, states = mu, torch.full((L, *tokens.shape), 4, dtype=torch.uint8, device=tokens.device)
-        for blocks, table in look.tables.items():
-            states[blocks[0] : blocks[-1] + 1] = policy.choose(table, blocks, states[blocks[0] - 1])
+    def look_at(examples):
+        looks = []
+        for example in tqdm(examples, desc="prices", leave=False):
+            look = OpenLoop(policy)
+            model.hidden(example.rows, look)
+            looks.append({blocks: q[example.keep()][None] for blocks, q in look.tables.items()})
+        return {blocks: torch.cat([look[blocks] for look in looks], 1) for blocks in looks[0]}
+
+    def cost_at(mu, looks):
+        policy.mu, states = mu, torch.full((L, 1, next(iter(looks.values())).shape[1]), 4, dtype=torch.uint8, device=device)
+        for blocks, q in looks.items():
+            states[blocks[0] : blocks[-1] + 1] = policy.choose(q, states[blocks[0] - 1])
         return mean_cost(states, policy.costs)
 
     def price(goal):
-        span = max(float(t.max() - t.masked_fill(t.isinf(), 0).min()) for t in look.tables.values()) / float(policy.costs[1] - policy.costs[0])
+        span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / float(policy.costs[1] - policy.costs[0])
         low, high = -span, span
-        for _ in range(40):
+        for _ in range(32):
             mu = (low + high) / 2
-            low, high = (mu, high) if open_cost(mu) > goal else (low, mu)
-        return mu
+            low, high = (mu, high) if cost_at(mu, looks) > goal else (low, mu)
+        return (low + high) / 2
 
-    aims = list(goals)
-    best = [(float("inf"), 0.0)] * len(targets)
-    for _ in tqdm(range(rounds), desc="prices", leave=False):
-        mus = [price(aim) for aim in aims]
-        policy.mu = torch.tensor(mus).repeat_interleave(len(tokens)).to(tokens.device)
-        model.hidden(tokens.repeat(len(targets), 1), policy)
-        for n, states in enumerate(policy.states.split(len(tokens), dim=1)):
-            miss = mean_cost(states, policy.costs) - goals[n]
-            best[n] = min(best[n], (abs(miss), mus[n]))
-            aims[n] -= miss
-    mus = sorted(mu for _, mu in best)  # a higher speedup never has a lower price
-    policy.prices, policy.mu = list(zip(targets, mus)), 0.0
+    looks = look_at(examples)
+    mus = [price(goal) for goal in goals]
+    if policy.horizon < L:
+        few = [Example(e.rows[:, :WINDOW], [min(n, WINDOW) for n in e.lengths]) for e in examples[:4]]
+        few_looks, ran = look_at(few), [[] for _ in targets]
+        for example in tqdm(few, desc="prices, closed loop", leave=False):
+            R = len(example.rows)
+            policy.mu = torch.tensor(mus).repeat_interleave(R).to(device)
+            model.hidden(example.rows.repeat(len(targets), 1), policy)
+            for n, states in enumerate(policy.states.split(R, dim=1)):
+                ran[n].append(states[:, example.keep()])
+        added = [mean_cost(torch.cat(states, 1), policy.costs) - cost_at(mu, few_looks) for states, mu in zip(ran, mus)]
+        mus = [price(goal - more) for goal, more in zip(goals, added)]
+    policy.prices, policy.mu = list(zip(targets, sorted(mus))), 0.0  # a higher speedup never has a lower price
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --train-model: the base learns to bear its states (Eq 17)
+
+
+class Straight:
+    """Stands in for a layer's rounded weight while the base is trained: the weight plus its rounding error, held fixed, so that
+    the gradient passes straight through the rounding (Bengio et al. 2013) to the weight."""
+
+    def __init__(self, linear, low, rows=slice(None)):
+        self.linear, self.rows, self.error = linear, rows, low.weight - linear.weight.detach()[rows]
+
+    def __call__(self, x):
+        return F.linear(x, self.linear.weight[self.rows] + self.error)
+
+
+def train_base(model, policy, examples, steps, lr=1e-5):
+    """Minimise CE of the routed model over its blocks' weights, the policy choosing states as at inference (Eq 17; PG taught the scorer
+    before). Changes the model in place and takes its rounded weights away; call `quantize` again."""
+    linears = [(name, block.q_size, linear) for block in model.blocks for name, linear in block.linears().items()]
+    for name, q_size, linear in linears:
+        linear.low = {s: Straight(linear, low, slice(q_size, None) if s == "fill" else slice(None)) for s, low in linear.low.items()}
+    weights = [linear.weight.requires_grad_() for _, _, linear in linears]
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=0.0)
+    bar = tqdm(range(steps), desc="train the base")
+    for step in bar:
+        example = examples[step % len(examples)]
+        logp, right = outcomes(model, model.hidden(example.rows, policy), example)
+        loss = total_loss(F.nll_loss(logp, right), 0.0, ALPHA)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        bar.set_postfix(ce=f"{loss.item():.3f}")
+    for weight, (_, _, linear) in zip(weights, linears):
+        weight.requires_grad_(False).copy_(weight.bfloat16())  # as it will be saved
+        linear.low = {}
+    model.quantized = False
+
+
+def save_base(model, path):
+    """The trained weights in bf16, with the name of the model that they belong to: `--model out/model.safetensors` loads both."""
+    tensors = {k: t.bfloat16().contiguous() for k, t in model.state_dict().items() if not (model.config.tied and k == "head.weight")}
+    write_whole(path, save(tensors, {"dash": json.dumps({"base": model.name})}))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -457,39 +564,54 @@ def calibrate_prices(policy, model, tokens, targets, goals, rounds=2):
 
 
 @torch.no_grad()
-def compare(model, tokens, policies, costs):
-    """Each policy against the full model on windows (n, T): a list of dicts with means over all predicted tokens.
+def compare(model, examples, policies, costs):
+    """Each policy against the full model on examples: a list of dicts with means over all that is predicted.
 
-    nats: -log p of the text; kl: KL(full || routed), nats; top1: share of equal most likely tokens; speedup: in bits;
-    states: shares; nll: per-window nats (n,), for intervals. A policy given as None is the full model.
+    nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
+    right ones; speedup: in bits; states: shares; each: nats, kl and accuracy of every example, for intervals. A policy given
+    as None is the full model; a function of the tokens (B, T) gives one for every example.
     """
-    rows = [{"nll": [], "kl": [], "top1": [], "states": []} for _ in policies]
-    for window in tqdm(tokens, desc="compare", leave=False):
-        full = log_probs(model, window[None])[0, :-1]
+    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": []} for _ in policies]
+    for example in tqdm(examples, desc="compare", leave=False):
+        full, right = outcomes(model, model.hidden(example.rows), example)
         for row, policy in zip(rows, policies):
             routed = full
             if policy is not None:
-                policy = policy(window[None]) if callable(policy) else policy
-                routed = log_probs(model, window[None], policy)[0, :-1]
-                row["states"].append(policy.states)
-            row["nll"].append(-routed.gather(1, window[1:, None]).mean().item())
+                policy = policy(example.rows) if callable(policy) else policy
+                routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
+                row["states"].append(policy.states[:, example.keep()])
+            row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
             row["kl"].append(kl(full, routed).mean().item())
             row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
-    mean = lambda v: sum(v) / len(v)
+            row["accuracy"].append((routed.argmax(-1) == right).float().mean().item())
     out = []
     for row in rows:
-        states = torch.cat([s.flatten(1) for s in row["states"]], 1) if row["states"] else torch.full((1, 1), 4)
-        out.append({"nats": mean(row["nll"]), "kl": mean(row["kl"]), "top1": mean(row["top1"]), "nll": row["nll"],
-                    "speedup": speedup_bits(states, costs), "states": state_shares(states), "raw": states})
+        ran = row.pop("states")
+        states = torch.cat(ran, 1) if ran else torch.full((1, 1), 4)
+        means = {k: sum(v) / len(v) for k, v in row.items()}
+        out.append(means | {"speedup": speedup_bits(states, costs), "states": state_shares(states),
+                            "each": {k: [round(x, 6) for x in row[k]] for k in ("nats", "kl", "accuracy")}, "raw": states})
     return out
 
 
-def print_table(names, rows):
-    full = rows[0]["nats"]
-    print(f"\n{'':26} {'speedup':>8} {'nats':>8} {'lost':>8} {'KL':>8} {'top-1':>7}   share of blocks: skip INT4 INT8 full")
+def bootstrap(statistic, *values, draws=2000):
+    """95% bootstrap interval over examples: paired lists (n,) -> (low, high) of statistic(tensors (draws, n))."""
+    pick = torch.randint(len(values[0]), (draws, len(values[0])), generator=torch.Generator().manual_seed(0))
+    found = statistic(*(torch.tensor(v)[pick] for v in values))
+    return found.quantile(0.025).item(), found.quantile(0.975).item()
+
+
+def comparison_table(names, rows, choice=False):
+    """The comparison as a Markdown table, for the terminal and the README; in brackets 95% intervals over examples."""
+    key, unit, digits = ("accuracy", 100, 1) if choice else ("nats", 1, 4)
+    cells = []
     for name, r in zip(names, rows):
-        shares = " ".join(f"{100 * r['states'][s]:4.0f}%" for s in ("0", "1", "2", "4"))
-        print(f"{name:26} {r['speedup']:7.2f}x {r['nats']:8.4f} {r['nats'] - full:+8.4f} {r['kl']:8.4f} {100 * r['top1']:6.1f}%   {shares:>38}")
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], rows[0]["each"][key])
+        change = f"{unit * (r[key] - rows[0][key]):+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
+        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change if r is not rows[0] else "", f"{r['kl']:.4f}",
+                      f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])
+    return format_table(["", "speedup in bits", "accuracy, %" if choice else "nats", "change", "KL to full", "top-1 agreement",
+                         "skip, INT4, INT8, full"], cells)
 
 
 def plot(path, log, states, names, rows):
@@ -528,14 +650,16 @@ def save_figure(figure, path):
 def arguments():
     p = Parser(__doc__)
     p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
-    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, or a text file")
-    p.add_argument("--data-dir", help="folder with wikitext2/train.txt and so on")
+    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
+    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper; default all, one decision a token")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl"], help="fisher labels, or the paper's policy gradient")
-    p.add_argument("--samples", type=int, default=16, help="fisher: windows of 1,024 tokens with labels")
+    p.add_argument("--samples", type=int, default=32, help="fisher: label this many times 1,024 tokens")
     p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
+    p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
+    p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--out", default="out", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
@@ -543,31 +667,85 @@ def arguments():
     return p.parse_args()
 
 
+def up_to(tokens, examples):
+    """The first examples that fill so many tokens."""
+    sizes = torch.tensor([sum(e.lengths) for e in examples]).cumsum(0)
+    return examples[: int((sizes < tokens).sum()) + 1]
+
+
+def learn_from_labels(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
+    """3b: labels, fit. Returns the mean damage (L, 4) and the damage by position (11, L, 4): at t = 0, 1, 2-3, 4-7, ..."""
+    labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint.seed, checkpoint)
+    # a skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL
+    skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
+    labels[..., 0] *= skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
+    write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
+    table = mean.repeat(POSITIONS, 1, 1)
+    for p, t in enumerate(bucket(position, POSITIONS)[None] == torch.arange(POSITIONS, device=position.device)[:, None]):
+        if t.any():
+            table[p] = labels[t].mean(0)
+    return F.pad(mean, (0, 1, 1, 0)).cpu(), F.pad(table, (0, 1, 1, 0)).cpu()
+
+
+def learn_from_rewards(scorer, model, examples, few, scale, costs, horizon, args, checkpoint, log_path, settings):
+    """3c: sensitivities or an earlier policy as the start, then the policy gradient. Returns the mean damage (L, 4)."""
+    damage = sensitivities(model, few, scale)
+    goal = goal_cost(args.speedup, len(scale), settings["overhead"])
+    mu, _ = static_plan(damage, costs, goal)
+    if args.start:
+        before = Policy.load(args.start)
+        before.check(model)
+        if before.horizon != horizon or before.settings.get("cost") != args.cost:
+            raise ValueError(f"--start {args.start}: its --horizon or --cost differs ({before.horizon}, {before.settings.get('cost')})")
+        scorer.load_state_dict(before.scorer.state_dict())
+        mu = before.at(args.speedup).mu
+    else:
+        scorer.bias.data[1:, :, :3] = damage[1:, None, :3].clamp(min=1e-12).log().to(scorer.bias.device)
+    rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings).to(scorer.bias.device)
+    rollout.mu = mu
+    kept = log_path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
+    write_whole(log_path, "".join(line + "\n" for line in kept).encode())
+    unit = float((damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9))
+    with open(log_path, "a") as log:
+        learn(rollout, model, examples, 4 * mu, unit, args.steps, goal, checkpoint, log)
+    return damage
+
+
 def main():
     args, began = arguments(), time.time()
     if args.steps < 1 or args.samples < 1 or (args.horizon or 1) < 1:
         raise ValueError("--steps, --samples and --horizon must be at least 1")
+    if args.start and args.objective != "rl":
+        raise ValueError("--start is for --objective rl")
     device, out = pick_device(args.device), Path(args.out)
     torch.manual_seed(args.seed)
-    train_text = load_text(args.data, "train", args.data_dir)
-    test_text = load_text(args.data, "test", args.data_dir)
+    text = load_text(args.data, "train", args.data_dir)
+    load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
-    bits, L = bit_costs(model.config), model.config.n_layer
+    bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
     horizon = min(args.horizon or L, L)
     costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets or not targets[0] <= args.speedup <= targets[-1]:
         raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
-    out.mkdir(parents=True, exist_ok=True)
 
-    size = min(WINDOW, model.config.block_size)
-    samples = windows(tokenizer, train_text, SAMPLES, min(SAMPLE_TOKENS, size), args.data, spread=True).to(device)
-    pool = windows(tokenizer, train_text, POOL, size, args.data, spread=True).to(device)
-    long = windows(tokenizer, train_text, args.samples, min(LONG, model.config.block_size), args.data, spread=True).to(device)
-    test = windows(tokenizer, test_text, 8, min(512, model.config.block_size), args.data, spread=True).to(device)
+    choice = is_choice(args.data)
+    read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
+                                                device, spread=True)
+    samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
+    pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
+    if args.objective == "fisher":
+        examples = up_to(args.samples * LONG, read("train", 10**6 if choice else args.samples, LONG))
+    else:
+        examples = read("train", 10**6, WINDOW)[:: 1 if choice else 8][:POOL]
+    priced = up_to(8 * LONG, read("train", 10**6 if choice else 8, LONG)) if choice else read("train", 8, LONG)
+    few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
+    test = read("test", 200 if choice else 6, LONG)
+    out.mkdir(parents=True, exist_ok=True)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
-                "steps": args.steps, "samples": len(long), "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "int4": codes_name(pool), "fingerprint": model.fingerprint()}
+                "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
+                "overhead": list(overhead), "start": args.start, "int4": codes_name(pool), "fingerprint": model.fingerprint()}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
 
     found = profile(model, samples)
@@ -577,48 +755,45 @@ def main():
     scorer = Scorer(L, model.config.n_embd, LAM if args.objective == "rl" else 0.0).to(device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
-
-    damage, log_path = torch.zeros(L, 4), out / "train.jsonl"
+    log_path, tables = out / "train.jsonl", {}
     if args.objective == "fisher":
-        labels, inputs = gather_labels(model, long, scale, horizon, args.seed, checkpoint)
-        # a skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL
-        skip = sensitivities(model, pool[len(pool) // 2][None], scale, states=[0])[1:, 0].to(device)
-        labels[..., 0] *= skip / labels[..., 0].mean(0).clamp(min=1e-12)
-        mean, log = fit(scorer, labels, inputs, long.shape[1], horizon, args.seed)
-        damage[1:, :3] = mean.cpu()
-        write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
+        damage, table = learn_from_labels(scorer, model, examples, few, scale, horizon, checkpoint, log_path)
+        tables = {"position_damage": table.tolist()}  # what a plan by block and position goes by
     else:
-        damage = sensitivities(model, pool[:: max(1, len(pool) // 2)][:2], scale)
-        scorer.bias.data[1:, :, :3] = damage[1:, None, :3].clamp(min=1e-12).log().to(device)
-    settings["damage"] = damage.tolist()  # what a static plan goes by
-    target_cost = goal_cost(args.speedup, L, overhead)
-    mu, static = static_plan(damage, costs, target_cost)
-    if args.objective == "rl":
-        rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings).to(device)
-        rollout.mu = mu
-        kept = log_path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
-        write_whole(log_path, "".join(line + "\n" for line in kept).encode())
-        unit = float((damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9))
-        with open(log_path, "a") as log:
-            learn(rollout, model, pool, 4 * mu, unit, args.steps, target_cost, checkpoint, log)
+        damage = learn_from_rewards(scorer, model, examples, few, scale, costs, horizon, args, checkpoint, log_path, settings)
+    tables["damage"] = damage.tolist()  # what a static plan goes by
 
-    policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings).to(device)
-    calibrate_prices(policy, model, pool[:: max(1, len(pool) // 4)][:4], targets, [goal_cost(s, L, overhead) for s in targets])
+    policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings | tables).to(device)
+    calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
+    before = []
+    if args.train_model:
+        before = compare(model, test, [None, policy.at(args.speedup)], bits)
+        train_base(model, policy.at(args.speedup), read("train", 10**6, LONG), args.steps)
+        save_base(model, out / "model.safetensors")
+        policy.fingerprint = settings["fingerprint"] = model.fingerprint()
+        cache_codes(model, pool)
+        model.quantize(int4=settings["int4"])
+        calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
     policy.save(out / "policy.safetensors")
 
-    policy.at(args.speedup)
+    static = static_plan(damage, costs, goal_cost(args.speedup, L, overhead))[1]
     generator = torch.Generator().manual_seed(args.seed)
-    equal = lambda window: Fixed(random_states((L, *window.shape), mean_cost(policy.states, costs), costs, generator), scale)
+    equal = lambda rows: Fixed(random_states((L, *rows.shape), mean_cost(policy.states, costs), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
-    rows = compare(model, test, [None, policy, Fixed(static, scale), equal, int8], bits)
-    print_table(names, rows)
+    rows = compare(model, test, [None, policy.at(args.speedup), Fixed(static, scale), equal, int8], bits) + before
+    names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
+    markdown = comparison_table(names, rows, choice)
+    print("\n" + markdown)
     log = [json.loads(line) for line in log_path.read_text().splitlines()]
-    plot(out / "train.png", log, rows[1].pop("raw"), names, rows)
-    save_result(out / "train.json", device, model, args.seed, seconds=round(time.time() - began), tokens=test.numel(), settings=settings,
+    plot(out / "train.png", log, rows[1]["raw"], names, rows)
+    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - began)
+    caption = (f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, INT4 by GPTQ, objective {args.objective}, "
+               f"horizon {horizon}; {seconds} s in all.")
+    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, seconds=seconds, tokens=tokens,
+                settings=settings,
                 rows=[{"name": name} | {k: v for k, v in row.items() if k != "raw"} for name, row in zip(names, rows)])
-    print(f"\nheld-out {args.data}: {test.numel()} tokens, {args.model} in fp32 on {device}, INT4 by GPTQ")
-    print(f"wrote policy.safetensors, train.json, train.jsonl and train.png into {out} in {time.time() - began:.0f} s")
+    print(f"\n{caption}\nwrote policy.safetensors, train.json, train.jsonl and train.png into {out}")
 
 
 if __name__ == "__main__":

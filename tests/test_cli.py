@@ -17,7 +17,8 @@ from test_routing import random_policy
 def policy_file(tiny, tmp_path_factory):
     file = tmp_path_factory.mktemp("policy") / "policy.safetensors"
     policy = random_policy(load(str(tiny))[0], 0)
-    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4}
+    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4,
+                                                                         "position_damage": [[[9.0, 1.0, 0.1, 0.0]] * 4] * 11}
     policy.save(file)
     return file
 
@@ -47,7 +48,7 @@ def test_infer_shows_states_in_a_plain_terminal(tiny, policy_file):
     assert len(strips) == 5 or "0 tokens" in done.stdout
 
 
-@pytest.mark.parametrize("method", ["full", "int8", "int4", "static_skip", "random_skip", "static_mix", "random_mix", "dash"])
+@pytest.mark.parametrize("method", ["full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash"])
 def test_bench_eval(tiny, policy_file, some_text, method):
     out = last_json(script("bench.py", "eval", "--task", "lm", "--file", some_text, "--method", method, "--speedup", 1.3, "--json",
                            "--model", tiny, "--policy", policy_file, "--limit", 2))
@@ -63,6 +64,74 @@ def test_bench_eval(tiny, policy_file, some_text, method):
     elif method == "random_skip":
         assert out["speedup_bits"] == pytest.approx(1.3, rel=0.05)
     assert (out["value"] == out["value_full"]) == (method == "full")
+
+
+@pytest.fixture(scope="module")
+def items_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("items") / "items.jsonl"
+    rows = [{"question": f"What sat on mat {n}?", "choices": ["the cat", f"the dog {n}", "2024"], "answer": n % 3} for n in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.mark.parametrize("method", ["full", "int4", "static_skip", "dash"])
+def test_bench_eval_of_items(tiny, policy_file, items_file, method):
+    out = last_json(script("bench.py", "eval", "--task", "mc", "--file", items_file, "--method", method, "--speedup", 1.3, "--json",
+                           "--model", tiny, "--policy", policy_file, "--limit", 12))
+    assert out["metric"] == "accuracy" and out["n"] == 12 and 0 <= out["value"] <= 1
+    assert out["speedup_bits"] == 1 if method == "full" else out["speedup_bits"] > 1
+
+
+def test_bench_eval_of_a_task_reads_the_data_folder(tiny, items_file, tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(items_file, tmp_path / "arc_easy" / f"{split}.jsonl")
+    out = last_json(script("bench.py", "eval", "--task", "arc_easy", "--data-dir", tmp_path, "--method", "int8", "--model", tiny, "--json"))
+    assert out["task"] == "arc_easy" and out["n"] == 40
+
+
+@pytest.mark.parametrize("objective", ["fisher", "rl"])
+def test_train_on_items(tiny, items_file, tmp_path, objective):
+    done = script("train.py", "--model", tiny, "--data", items_file, "--samples", 1, "--steps", 2, "--objective", objective, "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and (tmp_path / "o" / "train.png").exists()
+    row = json.loads((tmp_path / "o" / "train.json").read_text())["rows"][0]
+    assert row["name"] == "full model" and len(row["each"]["accuracy"]) == 8
+
+
+def test_train_the_base_too_and_load_it(tiny, some_text, tmp_path):
+    """--train-model writes weights that load as a model of their own; the policy beside them is theirs."""
+    done = script("train.py", "--model", tiny, "--data", some_text, "--samples", 2, "--steps", 3, "--train-model", "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    assert "before training the base" in done.stdout
+    trained = tmp_path / "o" / "model.safetensors"
+    common = ["--policy", tmp_path / "o" / "policy.safetensors", "--prompt", "the cat", "--max-new-tokens", 3, "--json"]
+    assert last_json(script("infer.py", "--model", trained, *common))["n"] >= 0
+    wrong = script("infer.py", "--model", tiny, *common)
+    assert wrong.returncode == 2 and "trained for" in wrong.stderr
+    before, after = load(str(tiny))[0], load(str(trained))[0]
+    assert not torch.equal(before.blocks[1].down.weight, after.blocks[1].down.weight)
+    assert (before.blocks[1].down.weight - after.blocks[1].down.weight).abs().max() < 0.01
+    trained.write_bytes(trained.read_bytes()[:999])
+    done = script("infer.py", "--model", trained, *common)
+    assert done.returncode == 2 and "model.safetensors" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_frontier_and_report(tiny, some_text, tmp_path):
+    """The whole chain on a tiny model: two policies of one text, the comparison, its picture, and the README's table."""
+    (tmp_path / "wikitext2").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(some_text, tmp_path / "wikitext2" / f"{split}.txt")
+    common = ["--data", "wikitext2", "--data-dir", tmp_path, "--model", tiny, "--samples", 2, "--steps", 2]
+    assert script("train.py", *common, "--out", tmp_path / "a").returncode == 0
+    done = script("train.py", *common, "--objective", "rl", "--start", tmp_path / "a" / "policy.safetensors", "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    done = script("bench.py", "frontier", "--model", tiny, "--data-dir", tmp_path, "--policy", tmp_path / "a" / "policy.safetensors",
+                  "--compare", tmp_path / "b" / "policy.safetensors", "--limit", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "results" / "frontier.json").read_text())
+    assert {"best static plan", "by position", "random states"} <= {r["method"] for r in result["rows"]}
+    assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier.png").exists()
 
 
 def test_bench_wikitext2_reads_the_data_folder(tiny, some_text, tmp_path):
@@ -134,6 +203,10 @@ FAULTS = [
     ("empty file", ["bench.py", "eval", "--file", "EMPTY", "--method", "full", "--model", "MODEL"], None, "empty"),
     ("binary file", ["bench.py", "eval", "--file", "JUNK", "--method", "full", "--model", "MODEL"], None, "UTF-8"),
     ("no windows", ["bench.py", "eval", "--file", "TEXT", "--method", "full", "--model", "MODEL", "--limit", 0], None, "limit"),
+    ("no items file", ["bench.py", "eval", "--task", "mc", "--method", "full", "--model", "MODEL"], None, "--file"),
+    ("items that are no items", ["bench.py", "eval", "--task", "mc", "--file", "TEXT", "--method", "full", "--model", "MODEL"], None, "line 1"),
+    ("no folder for items", ["bench.py", "eval", "--task", "arc_easy", "--method", "full", "--model", "MODEL"], None, "--data-dir"),
+    ("--start without rl", ["train.py", "--model", "MODEL", "--data", "TEXT", "--start", "POLICY", "--out", "TMP/o"], None, "--start"),
     ("no GPU", [*INFER, "--model", "MODEL", "--device", "cuda"], None, "cuda"),
     ("no such device", [*INFER, "--model", "MODEL", "--device", "abacus"], None, "abacus"),
 ]

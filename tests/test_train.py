@@ -12,6 +12,7 @@ import torch
 
 import train
 from conftest import CACHE, ROOT, script
+from data import text_examples
 from infer import generate
 from model import load
 from policy import Fixed, Policy, bit_costs, mean_cost
@@ -34,7 +35,7 @@ def test_train_writes_what_it_says(finished, tiny):
     out, said, objective = finished
     assert {f.name for f in out.iterdir()} == {"policy.safetensors", "train.json", "train.jsonl", "train.png", "checkpoint.safetensors"}
     lines = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert [line.get("step", line.get("epoch")) for line in lines] == list(range({"rl": 12, "fisher": 6}[objective]))
+    assert [line.get("step", line.get("epoch")) for line in lines] == list(range({"rl": 12, "fisher": 8}[objective]))
     for row in ("full model", "DASH at 2.5x", "static", "random states", "all INT8"):
         assert row in said
     policy = Policy.load(out / "policy.safetensors")
@@ -92,10 +93,10 @@ def test_sensitivity_is_the_damage_of_one_block(tiny):
     model, _ = load(str(tiny))
     model.quantize()
     tokens, scale = torch.randint(0, 300, (2, 12)), [1.0, 0.9, 1.1, 1.0]
-    damage = train.sensitivities(model, tokens, scale)
+    damage = train.sensitivities(model, text_examples(tokens), scale)
     states = torch.tensor([4, 4, 0, 4])
-    full, routed = train.log_probs(model, tokens), train.log_probs(model, tokens, Fixed(states, scale))
-    assert damage[2, 0].item() == pytest.approx(train.kl(full, routed).mean().item(), rel=1e-4)
+    full, routed = model(tokens).log_softmax(-1), model(tokens, Fixed(states, scale)).log_softmax(-1)
+    assert damage[2, 0].item() == pytest.approx(train.kl(full, routed)[:, :-1].sum().item() / 24, rel=1e-4)
     assert (damage[0] == 0).all() and damage[3, 0] == 0 and (damage[:, 3] == 0).all() and (damage[1:, 1] > damage[1:, 2]).all()
 
 
@@ -103,7 +104,7 @@ def test_prices_meet_their_targets(tiny, some_text):
     model, tokenizer = load(str(tiny))
     policy = random_policy(model, 3, spread=0.5)
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:1024].view(4, 256)
-    train.calibrate_prices(policy, model, tokens, [1.3, 2.0, 3.0], [4 / 1.3, 2.0, 4 / 3])
+    train.calibrate_prices(policy, model, text_examples(tokens), [1.3, 2.0, 3.0], [4 / 1.3, 2.0, 4 / 3])
     for speedup in (1.3, 2.0, 3.0):
         model(tokens, policy.at(speedup))
         assert mean_cost(policy.states, bit_costs(model.config)) == pytest.approx(4 / speedup, rel=0.05)
@@ -112,7 +113,7 @@ def test_prices_meet_their_targets(tiny, some_text):
 def test_comparison_numbers(tiny, some_text):
     model, tokenizer = load(str(tiny))
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(2, 48)
-    full, same, int4 = train.compare(model, tokens, [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])], bit_costs(model.config))
+    full, same, int4 = train.compare(model, text_examples(tokens), [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])], bit_costs(model.config))
     logits = torch.stack([model(t[None])[0] for t in tokens])[:, :-1]
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert full["nats"] == pytest.approx(nats.item(), rel=1e-5) == pytest.approx(same["nats"], rel=1e-5)
@@ -132,15 +133,16 @@ def test_fisher_label_is_the_kl_of_one_choice(tiny):
     model, tokenizer = load(str(tiny))
     generate(model, tokenizer, "the cat", random_policy(model, 0), 2)  # what it caches must not stand in the way of gradients
     window = torch.randint(0, 300, (10,))
-    labels = train.fisher_labels(model, window, [1.0] * 4, 400, torch.Generator().manual_seed(0))
+    [example] = text_examples(window[None])
+    labels = train.fisher_labels(model, example, [1.0] * 4, 400, torch.Generator().manual_seed(0))
     assert labels.shape == (10, 3, 3) and (labels >= 0).all()
-    full = train.log_probs(model, window[None])
+    full = model(window[None]).log_softmax(-1).detach()
     predicted, measured = [], []
     for i in (1, 2):
         for t in (0, 2, 5, 9):
             states = torch.full((4, 1, 10), 4)
             states[i, 0, t] = 2
-            measured.append(train.kl(full, train.log_probs(model, window[None], Fixed(states))).sum().item())
+            measured.append(train.kl(full, model(window[None], Fixed(states)).log_softmax(-1)).sum().item())
             predicted.append(labels[t, i - 1, 2].item())
     ratios = torch.tensor(predicted) / torch.tensor(measured)
     assert ((ratios > 0.6) & (ratios < 1.6)).all(), ratios
@@ -156,8 +158,9 @@ def test_fit_finds_what_the_hidden_state_says():
     wanted = torch.exp(1.5 * torch.tanh(hidden[:, :1, None])) * torch.tensor([1.0, 0.1, 0.001]) * torch.tensor([1.0, 3.0, 2.0])[:, None]
     labels = wanted * -torch.rand_like(wanted).log()  # exponential noise around the mean
     scorer = Scorer(4, 32)
-    train.fit(scorer, labels, {1: hidden}, 256, 4, seed=0, epochs=12)
-    predicted = scorer.log_damage(scorer.features(hidden.view(8, 256, 32), 0), range(1, 4))[..., 0, :3].flatten(0, 1).exp().detach()
+    features = scorer.features(hidden.view(8, 256, 32), 0)
+    train.fit(scorer, labels, {1: features.flatten(0, 1)}, 4, seed=0, epochs=12)
+    predicted = scorer.log_damage(features, range(1, 4))[..., 0, :3].flatten(0, 1).exp().detach()
     for k in range(3):
         for b in range(3 - (k == 0)):
             a = torch.stack([predicted[:, b, k].log(), wanted[:, b, k].log()])
@@ -175,10 +178,15 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
     stamp = file.stat().st_mtime_ns
     train.cache_codes(model, tokens)
     assert file.stat().st_mtime_ns == stamp
+    some, kept = {}, []
+    train.choose_codes(model, tokens, some, kept.append)
+    half = {key: value for key, value in some.items() if key[0] in "01"}  # a run that was killed after two blocks
+    train.choose_codes(model, tokens, half, kept.append)
+    assert all(torch.equal(a, b) for key in some for a, b in zip(some[key], half[key]))
     model.quantize(int4=name)
-    gptq = train.compare(model, tokens, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    gptq = train.compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
     model.quantize()
-    nearest = train.compare(model, tokens, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    nearest = train.compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
     assert gptq < nearest
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):

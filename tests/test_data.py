@@ -1,0 +1,91 @@
+"""Multiple-choice items: prompts, rows, likelihoods, labels, rewards and faults."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from data import item_examples, load_items, question
+from model import load
+from policy import Fixed, bit_costs
+from test_routing import random_policy
+
+ITEMS = [{"question": "What sat on the mat?", "choices": ["the cat", "the dog ate the hat", "2024"], "answer": 0},
+         {"subject": "high_school_mats", "question": "Who ate?", "choices": ["the dog", "cat"], "answer": 1}]
+
+
+def test_prompts_are_those_of_the_harness():
+    assert question(ITEMS[0]) == ("Question: What sat on the mat?\nAnswer:", [" the cat", " the dog ate the hat", " 2024"])
+    assert question(ITEMS[1]) == (
+        "The following are multiple choice questions (with answers) about high school mats.\n\nWho ate?\nA. the dog\nB. cat\nAnswer:", [" A", " B"])
+
+
+@torch.no_grad()
+def test_likelihood_of_a_choice_is_the_sum_over_its_tokens(tiny):
+    """Padded rows against every choice alone, and letters share one row."""
+    model, tokenizer = load(str(tiny))
+    for item, example in zip(ITEMS, item_examples(tokenizer, ITEMS, 512, "cpu")):
+        logp, right = train.outcomes(model, model.hidden(example.rows), example)
+        context, choices = question(item)
+        alone = []
+        for choice in choices:
+            ids = torch.tensor(tokenizer.encode(context + choice))
+            start = len(tokenizer.encode(context))
+            scores = model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            alone.append(scores[start - 1 :].sum())
+        assert torch.allclose(logp[0], torch.stack(alone).log_softmax(-1), atol=1e-4)
+        assert right.item() == item["answer"]
+        assert len(example.rows) == (1 if "subject" in item else 3)
+
+
+@torch.no_grad()
+def test_accuracy_and_cost_count_no_padding(tiny):
+    model, tokenizer = load(str(tiny))
+    examples = item_examples(tokenizer, ITEMS, 512, "cpu")
+    full, int4 = train.compare(model, examples, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))
+    right = [train.outcomes(model, model.hidden(e.rows), e)[0].argmax().item() == e.answer for e in examples]
+    assert full["accuracy"] == sum(right) / 2 and full["kl"] == 0 < int4["kl"]
+    assert int4["raw"].shape == (4, sum(sum(e.lengths) for e in examples))
+
+
+def test_fisher_label_of_an_item_is_the_kl_of_its_answer(tiny):
+    model, tokenizer = load(str(tiny))
+    model.quantize()
+    [example] = item_examples(tokenizer, ITEMS[1:], 512, "cpu")
+    labels = train.fisher_labels(model, example, [1.0] * 4, 200, torch.Generator().manual_seed(0))
+    assert labels.shape == (sum(example.lengths), 3, 3)
+    keep, ratios = example.keep(), []
+    full = train.outcomes(model, model.hidden(example.rows), example)[0].detach()
+    flat = keep.flatten().nonzero()[:, 0]
+    for n in labels[:, 1, 2].topk(5).indices.tolist():
+        states = torch.full((4, *example.rows.shape), 4)
+        states[2].view(-1)[flat[n]] = 2
+        routed = train.outcomes(model, model.hidden(example.rows, Fixed(states)), example)[0]
+        ratios.append(labels[n, 1, 2].item() / train.kl(full, routed).item())
+    assert all(0.5 < r < 2 for r in ratios), ratios
+
+
+def test_reward_of_an_item_is_plus_or_minus_one(tiny):
+    model, tokenizer = load(str(tiny))
+    policy = random_policy(model, 0)
+    policy.__class__, policy.seen, policy.tau, policy.generator = train.Rollout, {}, 1.0, torch.Generator().manual_seed(0)
+    for example in item_examples(tokenizer, ITEMS, 512, "cpu"):
+        r_acc, states, of_tokens = train.reward_of(model, example, policy)
+        N = sum(example.lengths)
+        assert r_acc.shape == (train.ROLLOUTS, N) and set(r_acc.unique().tolist()) <= {-1.0, 1.0} and (r_acc == r_acc[:, :1]).all()
+        assert states.shape == (4, train.ROLLOUTS, N) and of_tokens(policy.log_pi()).shape == (3, train.ROLLOUTS, N)
+
+
+@pytest.mark.parametrize("line, word", [("{", "line 2"), ('{"question": "a", "choices": ["b"], "answer": 0}', "choices"),
+                                        ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2")])
+def test_bad_items_are_named(tmp_path, line, word):
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(ITEMS[0]) + "\n" + line)
+    with pytest.raises(ValueError, match="items.jsonl") as e:
+        load_items(file, None)
+    assert word in str(e.value)
+    with pytest.raises(ValueError, match="--data-dir"):
+        load_items("arc_easy", "test")
+    with pytest.raises(ValueError, match="context"):
+        item_examples(type("T", (), {"encode": staticmethod(lambda text: list(text.encode()))})(), ITEMS, 10, "cpu")
