@@ -20,6 +20,7 @@ import heapq
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from policy import STATES, ByPosition, Fixed, mean_cost, random_states, static_plan
 
@@ -132,13 +133,14 @@ def greedy_path(known, measure, speedup):
         queue += moves(i)
     heapq.heapify(queue)
     path, measured_at = [states.clone()], {}
-    cost = dict(zip(STATES.tolist(), known.costs.tolist()))
+    cost, bar = dict(zip(STATES.tolist(), known.costs.tolist())), tqdm(desc="greedy static plan, plans measured", leave=False)
     while queue and mean_cost(states, known.costs) > 4 / speedup + 1e-6:
         _, i, to = heapq.heappop(queue)
         if measured_at.get((i, to), (None,))[0] != len(path):  # priced before the last move: measure again
             trial = states.clone()
             trial[i] = to
             kl = measure(trial)
+            bar.update()
             measured_at[i, to] = (len(path), kl)
             heapq.heappush(queue, ((kl - current) / (cost[int(states[i])] - cost[to]), i, to))
             continue
@@ -146,4 +148,5 @@ def greedy_path(known, measure, speedup):
         path.append(states.clone())
         for move in moves(i):
             heapq.heappush(queue, move)
+    bar.close()
     return path

@@ -26,10 +26,10 @@ import baselines
 from data import CHOICE_TASKS, load_examples, load_text, text_examples, windows
 from infer import generate
 from model import KVCache, fetch_smollm2, load, read_gguf, read_json
-from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, most_speedup, pick_device, save_result,
+from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device, save_result,
                     speedup_bits, write_whole)
 from quant import fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, bootstrap, compare, kl, outcomes, profile, save_figure, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, bootstrap, calibrate_prices, compare, kl, outcomes, profile, save_figure, sensitivities
 
 METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
 WINDOW = 1024  # tokens of an evaluation window
@@ -163,16 +163,26 @@ def frontier(args):
     known.candidates, known.measure = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
 
     contenders, about = [None, baselines.int8(known, 0), baselines.int4(known, 0)], [("full model", None), ("all INT8", None), ("all INT4", None)]
-    for speedup in tqdm(speedups, desc="static plans"):
-        for name, method in (("random states", baselines.random_mix), ("best static plan", baselines.best_static),
-                             ("by position", baselines.position_mix)):
-            contenders.append(method(known, speedup))
-            about.append((name, speedup))
-        for p in policies:  # a policy is asked for its own price just before each window
-            contenders.append(lambda rows, p=p, s=speedup: p.at(s))
+    plans = [baselines.best_static(known, speedup) for speedup in tqdm(speedups, desc="static plans")]
+    # A static plan cannot cost exactly what is asked, and a price set on other text does not either: the policies get prices at which
+    # they cost on this text what the static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
+    same, trained = [mean_cost(plan.given, costs) for plan in plans], policy.prices
+    for p in policies:
+        calibrate_prices(p, model, examples, speedups, same)
+
+    def priced(p, mu):
+        p.mu = mu
+        return p
+
+    for n, (speedup, plan) in enumerate(zip(speedups, plans)):
+        contenders += [baselines.random_mix(known, speedup), plan, baselines.position_mix(known, speedup)]
+        about += [(name, speedup) for name in ("random states", "best static plan", "by position")]
+        for p in policies:  # the price is set just before each window
+            contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
             about.append((name_of(p), speedup))
     rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
             for (name, s), r in zip(about, compare(model, examples, contenders, costs))]
+    policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
     tokens = sum(sum(e.lengths) for e in examples)
     header, cells = frontier_cells(rows, speedups)
@@ -181,7 +191,8 @@ def frontier(args):
         ["decoding 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
         [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
-               "Each cell: nats lost, KL to the full model (speedup realised). In brackets after the ratios: 95% intervals over windows.")
+               "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
+               "plan of the column costs. Ratios with 95% intervals over windows.")
     path = Path(args.results) / "frontier.json"
     save_result(path, device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens, budget=kept, rows=rows,
                 policy={k: v for k, v in policy.settings.items() if "damage" not in k})
@@ -190,19 +201,20 @@ def frontier(args):
 
 
 def frontier_cells(rows, speedups):
-    """A row a method, a column a speedup; under them what the first policy keeps of the best static plan's loss."""
-    full, lost = rows[0], lambda r: [x - f for x, f in zip(r["each"]["nats"], rows[0]["each"]["nats"])]
+    """A row a method, a column a speedup; under them what each policy keeps of what the best static plan loses at the same cost."""
+    full = rows[0]
     cell = lambda r: f"{r['nats'] - full['nats']:+.4f}, {r['kl']:.4f} ({r['speedup']:.2f}x)"
-    find = {(r["method"], r["target"]): r for r in rows}
-    methods = list(dict.fromkeys(r["method"] for r in rows[3:]))
-    cells = [[m, *(cell(find[m, s]) for s in speedups)] for m in methods]
-    for what, each in (("nats", lost), ("KL", lambda r: r["each"]["kl"])):
-        ratios = []
-        for s in speedups:
-            dash, static = each(find[methods[3], s]), each(find["best static plan", s])
-            low, high = bootstrap(lambda a, b: a.sum(1) / b.sum(1), dash, static)
-            ratios.append(f"{sum(dash) / sum(static):.2f} [{low:.2f}, {high:.2f}]")
-        cells.append([f"{methods[3]} / best static, {what}", *ratios])
+    of = {m: [r for r in rows if r["method"] == m] for m in dict.fromkeys(r["method"] for r in rows[3:])}
+    cells = [[m, *map(cell, those)] for m, those in of.items()]
+    lost = lambda r, key: [v - (f if key == "nats" else 0) for v, f in zip(r["each"][key], full["each"]["nats"])]
+    for m in list(of)[3:]:
+        for key, what in (("nats", "nats lost"), ("kl", "KL")):
+            ratios = []
+            for ours, static in zip(of[m], of["best static plan"]):
+                a, b = lost(ours, key), lost(static, key)
+                low, high = bootstrap(lambda a, b: a.sum(1) / b.sum(1), a, b)
+                ratios.append(f"{sum(a) / sum(b):.2f} [{low:.2f}, {high:.2f}]")
+            cells.append([f"{m} / best static plan, {what}", *ratios])
     for r in rows[1:3]:
         cells.append([r["method"], cell(r), *[""] * (len(speedups) - 1)])
     return ["", *(f"{s:g}x" for s in speedups)], cells

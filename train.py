@@ -6,7 +6,10 @@
                    --objective fisher   labels from gradients of the full model (ours; the default)
                    --objective rl       the paper's policy gradient (Eq 11-17), started from static sensitivities
     4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4.5
-    5  compare     on held-out text: full model, DASH, static, all INT8, random states
+    5  compare     on held-out text or items: full model, DASH, static, all INT8, random states
+
+`--data arc_easy` and the like learn on multiple-choice items: what is predicted is then the answer (data.Example), in labels,
+rewards and comparison alike. `--train-model` goes on to train the base model through its rounded weights (Eq 17).
 
 Fisher labels. Put a gate a = 0 on every (block, token, state): each product computes x W + a stop(x (W_s - W)), so that a = 1
 would run that token's block in state s. Draw a target from the model's own distribution at every position; the label is half
@@ -14,8 +17,8 @@ the square of d log p(sequence) / d a, averaged over draws. That is the second-o
 one choice adds over *all* later tokens, damage to keys and values included. In the words of the MDP it is -R_acc of Eq 13
 summed over the whole episode, with every other decision at FP16: a value, where the paper samples returns.
 
-Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line a
-step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for
+Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line an epoch
+or step), train.png, model.safetensors (with --train-model), and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for
 bit.
 """
 
@@ -615,7 +618,7 @@ def comparison_table(names, rows, choice=False):
 
 
 def plot(path, log, states, names, rows):
-    """Three panels: reward and cost over training, nats lost by method, states by block."""
+    """Three panels: training, KL by method, states by block."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     a, b, c = figure.subplots(1, 3)
     if "loss" in log[0] and "step" not in log[0]:
@@ -624,9 +627,9 @@ def plot(path, log, states, names, rows):
     else:
         a.plot([x["step"] for x in log], [x["r_acc"] for x in log])
         a.set(xlabel="step", ylabel="R_acc, nats a token", title="Training: reward of the sampled states")
-    b.barh(names[1:], [r["nats"] - rows[0]["nats"] for r in rows[1:]], color="tab:blue")
+    b.barh(names[1:], [r["kl"] for r in rows[1:]], color="tab:blue")
     b.invert_yaxis()
-    b.set(xlabel="nats lost against the full model", title="Held-out text")
+    b.set(xlabel="KL to the full model, nats", title="Held-out")
     b.locator_params(axis="x", nbins=5)
     bottom = torch.zeros(len(states))
     for s, label, color in ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8")):
