@@ -231,7 +231,7 @@ def frontier_chart(path, rows, task):
         axes.plot([r["speedup"] for r in those], [r["kl"] for r in those], marker="o", markersize=4, color=color, label=method)
     for r in rows[1:3]:
         axes.plot(r["speedup"], r["kl"], marker="s", color="black", linestyle="none")
-        axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(-6, 8), textcoords="offset points", ha="right")
+        axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(6, -12), textcoords="offset points")
     axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", yscale="log")
     axes.legend()
     save_figure(figure, path)
