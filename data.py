@@ -49,6 +49,7 @@ def pydocs(split):
 
 
 CHOICE_TASKS = ("arc_easy", "arc_challenge", "mmlu")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def is_choice(name):
@@ -85,12 +86,15 @@ def load_items(name, split, data_dir=None):
         raise ValueError(f"{name} needs --data-dir DIR with DIR/{name}/train.jsonl and test.jsonl")
     path = Path(data_dir) / name / f"{split}.jsonl" if name in CHOICE_TASKS else Path(name)
     items = []
-    for n, line in enumerate(read_text(path).splitlines(), 1):
+    for n, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
             choices, answer = item["choices"], item["answer"]
-            if not isinstance(item["question"], str) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-                raise ValueError("question or choices are no text")
+            texts = [item["question"], item.get("subject", ""), *choices]
+            if not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS) or "" in choices:
+                raise ValueError(f"question, subject or choices are no text, or not 2 to {len(LETTERS)} choices")
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError(f"answer {answer!r} is no index of the choices")
             items.append(item)
@@ -105,7 +109,7 @@ def load_items(name, split, data_dir=None):
 def question(item):
     """An item -> (context, [continuation of each choice]): for mmlu the letters, else the choices themselves."""
     if "subject" in item:
-        letters = "ABCDEFGHIJ"[: len(item["choices"])]
+        letters = LETTERS[: len(item["choices"])]
         listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, item["choices"]))
         head = f"The following are multiple choice questions (with answers) about {item['subject'].replace('_', ' ')}.\n\n"
         return f"{head}{item['question'].strip()}\n{listed}Answer:", [f" {letter}" for letter in letters]

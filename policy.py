@@ -294,6 +294,8 @@ class Policy:
     def price(self, speedup):
         """mu for a speedup, between the calibrated ones; beyond them the price of the nearest."""
         targets = [s for s, _ in self.prices]
+        if len(targets) == 1:
+            return self.prices[0][1]
         speedup = min(max(speedup, targets[0]), targets[-1])
         high = max(1, next(n for n, s in enumerate(targets) if s >= speedup))
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]

@@ -21,6 +21,13 @@ def test_prompts_are_those_of_the_harness():
         "The following are multiple choice questions (with answers) about high school mats.\n\nWho ate?\nA. the dog\nB. cat\nAnswer:", [" A", " B"])
 
 
+def test_a_file_may_have_blank_lines_and_odd_separators(tmp_path):
+    odd = ITEMS[0] | {"question": "a\u2028b\x85c"}
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(odd, ensure_ascii=False) + "\n\n" + json.dumps(ITEMS[1]) + "\n", encoding="utf-8")
+    assert load_items(file, None) == [odd, ITEMS[1]]
+
+
 @torch.no_grad()
 def test_likelihood_of_a_choice_is_the_sum_over_its_tokens(tiny):
     """Padded rows against every choice alone, and letters share one row."""
@@ -78,7 +85,8 @@ def test_reward_of_an_item_is_plus_or_minus_one(tiny):
 
 
 @pytest.mark.parametrize("line, word", [("{", "line 2"), ('{"question": "a", "choices": ["b"], "answer": 0}', "choices"),
-                                        ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2")])
+                                        ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2"),
+                                        ('{"question": "a", "subject": 3, "choices": ["b", "c"], "answer": 1}', "subject")])
 def test_bad_items_are_named(tmp_path, line, word):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + line)

@@ -251,3 +251,5 @@ def test_greedy_path_and_static_candidates():
 def test_a_price_beyond_the_calibrated_ones_is_the_nearest():
     policy = make_policy()
     assert policy.price(1.0) == -1.0 and policy.price(9.0) == 3.0 and policy.price(3.0) == 1.75
+    policy.prices = [(1.2, 0.7)]
+    assert policy.at(1.2).mu == 0.7
