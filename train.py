@@ -18,8 +18,8 @@ one choice adds over *all* later tokens, damage to keys and values included. In 
 summed over the whole episode, with every other decision at FP16: a value, where the paper samples returns.
 
 Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line an epoch
-or step), train.png, model.safetensors (with --train-model), and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for
-bit.
+or step), train.png, model.safetensors (with --train-model), and checkpoint.safetensors, from which --resume goes on after a
+crash and gets to the same policy, bit for bit.
 """
 
 import hashlib
