@@ -128,10 +128,13 @@ def greedy_path(known, measure, speedup):
     """
     states, current, queue = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, []
     lower = {4: 2, 2: 1, 1: 0}
-    moves = lambda i: [(-float("inf"), i, lower[int(states[i])])] if int(states[i]) > (i == known.L - 1) else []
+
+    def push(i):
+        if int(states[i]) > (i == known.L - 1):  # the last block is never skipped
+            heapq.heappush(queue, (-float("inf"), i, lower[int(states[i])]))
+
     for i in range(1, known.L):
-        queue += moves(i)
-    heapq.heapify(queue)
+        push(i)
     path, measured_at = [states.clone()], {}
     cost, bar = dict(zip(STATES.tolist(), known.costs.tolist())), tqdm(desc="greedy static plan, plans measured", leave=False)
     while queue and mean_cost(states, known.costs) > 4 / speedup + 1e-6:
@@ -146,7 +149,6 @@ def greedy_path(known, measure, speedup):
             continue
         states[i], current = to, measured_at[i, to][1]
         path.append(states.clone())
-        for move in moves(i):
-            heapq.heappush(queue, move)
+        push(i)
     bar.close()
     return path

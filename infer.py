@@ -2,7 +2,8 @@
 
 Decoding is greedy or sampled, one token at a time through the KV cache. Every token of the prompt and of the answer runs
 each block in the state that the policy chooses (Eq 18-20); on the CPU the weights are bf16 with real INT8 and INT4
-kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the median decoding step after the prompt, for the policy and for the full model in the same run.
+kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
+median decoding step after the prompt, for the policy and for the full model in the same run.
 """
 
 import codecs

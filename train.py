@@ -494,7 +494,6 @@ def calibrate_prices(policy, model, examples, targets, goals):
         return mean_cost(states, policy.costs)
 
     def price(goal):
-        span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / float(policy.costs[1] - policy.costs[0])
         low, high = -span, span
         for _ in range(32):
             mu = (low + high) / 2
@@ -502,6 +501,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
         return (low + high) / 2
 
     looks = look_at(examples)
+    span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / float(policy.costs[1] - policy.costs[0])
     mus = [price(goal) for goal in goals]
     if policy.horizon < L:
         few = [Example(e.rows[:, :WINDOW], [min(n, WINDOW) for n in e.lengths]) for e in examples[:4]]
