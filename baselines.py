@@ -13,7 +13,7 @@ keep the first block in state 4 and never skip the last. A skipped block fills k
     best_static        the best of five such plans by the KL it is measured to cost on training text: `static_candidates`
     position_mix       a state for each block and position, blind to content, by the labels' means
 
-All but the first three and the skips are ours, to ask what choosing per token is worth at equal cost.
+All but the first three and the skips are ours, to ask what choosing per token is worth at equal cost. `compare` measures them.
 """
 
 import heapq
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from policy import STATES, ByPosition, Fixed, mean_cost, random_states, static_plan
+from data import kl, outcomes
+from policy import STATES, ByPosition, Fixed, format_table, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
 
 
 @dataclass
@@ -96,12 +97,8 @@ def best_static(known, speedup):
 
 def position_mix(known, speedup, tokens=1024):
     at = lambda mu: ByPosition(known.position_damage, known.costs, mu, known.scale)
-    low, high = 0.0, 1e4
-    for _ in range(80):  # the lowest price at which windows of so many tokens cost no more than asked
-        mu = (low + high) / 2
-        cost = mean_cost(at(mu).at_positions(torch.arange(tokens)), known.costs)
-        low, high = (mu, high) if cost > 4 / speedup else (low, mu)
-    return at(high)
+    cost_at = lambda mu: mean_cost(at(mu).at_positions(torch.arange(tokens)), known.costs)
+    return at(lowest_price(cost_at, 4 / speedup))  # within the cost asked for in windows of so many tokens
 
 
 def static_candidates(known, alone, measure, targets):
@@ -152,3 +149,58 @@ def greedy_path(known, measure, speedup):
         push(i)
     bar.close()
     return path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+@torch.no_grad()
+def compare(model, examples, policies, costs):
+    """Each policy against the full model on examples: a list of dicts with means over all that is predicted.
+
+    nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
+    right ones; speedup: in bits; states: shares; each: nats, kl and accuracy of every example, for intervals. A policy given
+    as None is the full model; a function of the tokens (B, T) gives one for every example.
+    """
+    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": []} for _ in policies]
+    for example in tqdm(examples, desc="compare", leave=False):
+        full, right = outcomes(model, model.hidden(example.rows), example)
+        for row, policy in zip(rows, policies):
+            routed = full
+            if policy is not None:
+                policy = policy(example.rows) if callable(policy) else policy
+                routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
+                row["states"].append(policy.states[:, example.keep()])
+            row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
+            row["kl"].append(kl(full, routed).mean().item())
+            row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
+            row["accuracy"].append((routed.argmax(-1) == right).float().mean().item())
+    out = []
+    for row in rows:
+        ran = row.pop("states")
+        states = torch.cat(ran, 1) if ran else torch.full((1, 1), 4)
+        means = {k: sum(v) / len(v) for k, v in row.items()}
+        out.append(means | {"speedup": speedup_bits(states, costs), "states": state_shares(states),
+                            "each": {k: [round(x, 6) for x in row[k]] for k in ("nats", "kl", "accuracy")}, "raw": states})
+    return out
+
+
+def bootstrap(statistic, *values, draws=2000):
+    """95% bootstrap interval over examples: paired lists (n,) -> (low, high) of statistic(tensors (draws, n))."""
+    pick = torch.randint(len(values[0]), (draws, len(values[0])), generator=torch.Generator().manual_seed(0))
+    found = statistic(*(torch.tensor(v)[pick] for v in values))
+    return found.quantile(0.025).item(), found.quantile(0.975).item()
+
+
+def comparison_table(names, rows, choice=False):
+    """The comparison as a Markdown table, for the terminal and the README; in brackets 95% intervals over examples."""
+    key, unit, digits = ("accuracy", 100, 1) if choice else ("nats", 1, 4)
+    cells = []
+    for name, r in zip(names, rows):
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], rows[0]["each"][key])
+        change = f"{unit * (r[key] - rows[0][key]):+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
+        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change if r is not rows[0] else "", f"{r['kl']:.4f}",
+                      f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])
+    return format_table(["", "speedup in bits", "accuracy, %" if choice else "nats", "change", "KL to full", "top-1 agreement",
+                         "skip, INT4, INT8, full"], cells)

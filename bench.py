@@ -23,13 +23,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
-from data import CHOICE_TASKS, load_examples, load_text, text_examples, windows
+from baselines import bootstrap, compare
+from data import CHOICE_TASKS, kl, load_examples, load_text, outcomes, text_examples, windows
 from infer import generate
 from model import KVCache, fetch_smollm2, load, read_gguf, read_json
 from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device, save_result,
                     speedup_bits, write_whole)
 from quant import fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, bootstrap, calibrate_prices, compare, kl, outcomes, profile, save_figure, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
 
 METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
 WINDOW = 1024  # tokens of an evaluation window

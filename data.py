@@ -130,6 +130,25 @@ class Example:
         return torch.arange(self.rows.shape[1], device=self.rows.device) < torch.tensor(self.lengths, device=self.rows.device)[:, None]
 
 
+def outcomes(model, hidden, example):
+    """What an example predicts, from its last hidden states (R, T, C): log-probabilities (n, k) and the right ones (n,).
+
+    Text: every next token, k the vocabulary. Multiple choice: n = 1, k choices, each by its likelihood after the question.
+    """
+    if example.choices is None:
+        return model.head(hidden[0, :-1]).float().log_softmax(-1), example.rows[0, 1:]
+    total = []
+    for row, start, ids in example.choices:
+        logp = model.head(hidden[row, start - 1 : start - 1 + len(ids)]).float().log_softmax(-1)
+        total.append(logp.gather(1, ids[:, None]).sum())
+    return torch.stack(total)[None].log_softmax(-1), torch.tensor([example.answer], device=hidden.device)
+
+
+def kl(full, routed):
+    """KL(full || routed) in nats from log-probabilities (..., vocab) -> (...)."""
+    return (full.exp() * (full - routed)).sum(-1)
+
+
 def text_examples(rows):
     """Windows (n, T) -> one Example each."""
     return [Example(row[None], [len(row)]) for row in rows]

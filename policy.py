@@ -214,6 +214,14 @@ def random_states(shape, cost, costs, generator):
     return STATES[pick].to(torch.uint8)
 
 
+def lowest_price(cost_at, goal, low=0.0, high=1e4):
+    """The lowest price mu in low..high at which cost_at(mu), which falls as mu rises, is within the goal; by bisection."""
+    for _ in range(60):
+        mu = (low + high) / 2
+        low, high = (mu, high) if cost_at(mu) > goal else (low, mu)
+    return high
+
+
 def static_plan(damage, costs, target):
     """The best single plan for all tokens at a mean cost, if damage adds up: (price mu, states (L,) uint8).
 
@@ -222,17 +230,14 @@ def static_plan(damage, costs, target):
     """
     L, damage, costs = len(damage), damage.clone(), costs.cpu()
     damage[0, :3], damage[-1, 0] = math.inf, math.inf  # the first block runs in state 4, the last is never skipped
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        mu = (low + high) / 2
-        low, high = (mu, high) if float(costs[(damage + mu * costs).argmin(-1)].sum()) > target * L else (low, mu)
-    pick = (damage + high * costs).argmin(-1)
+    price = lowest_price(lambda mu: float(costs[(damage + mu * costs).argmin(-1)].sum()), target * L)
+    pick = (damage + price * costs).argmin(-1)
     while True:
         gain = damage.gather(1, pick[:, None]) - damage
         extra = costs - costs[pick][:, None]
         fits = (extra > 0) & (gain > 0) & (costs[pick].sum() + extra <= target * L + 1e-6)
         if not fits.any():
-            return high, STATES[pick].to(torch.uint8)
+            return price, STATES[pick].to(torch.uint8)
         best = torch.where(fits, gain / extra, -math.inf).flatten().argmax()
         pick[best // 4] = best % 4
 

@@ -34,12 +34,12 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data import Example, is_choice, load_examples, load_text, text_examples, windows
+from baselines import compare, comparison_table
+from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load, read_codes
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket,
-                    command_line, format_table, goal_cost, latency_costs, mean_cost, most_speedup, pick_device, plan, policy_gradient,
-                    random_states, read_safetensors, returns, rewards, save_result, speedup_bits, state_shares, static_plan,
-                    temperature, total_loss, write_whole)
+                    command_line, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, pick_device, plan, policy_gradient,
+                    random_states, read_safetensors, returns, rewards, save_result, static_plan, temperature, total_loss, write_whole)
 from quant import dequantize_int4, gptq_int4, pack_nibbles
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
@@ -152,25 +152,6 @@ def cache_codes(model, tokens):
 
 # ----------------------------------------------------------------------------------------------------------
 # 3a Static sensitivities
-
-
-def outcomes(model, hidden, example):
-    """What an example predicts, from its last hidden states (R, T, C): log-probabilities (n, k) and the right ones (n,).
-
-    Text: every next token, k the vocabulary. Multiple choice: n = 1, k choices, each by its likelihood after the question.
-    """
-    if example.choices is None:
-        return model.head(hidden[0, :-1]).float().log_softmax(-1), example.rows[0, 1:]
-    total = []
-    for row, start, ids in example.choices:
-        logp = model.head(hidden[row, start - 1 : start - 1 + len(ids)]).float().log_softmax(-1)
-        total.append(logp.gather(1, ids[:, None]).sum())
-    return torch.stack(total)[None].log_softmax(-1), torch.tensor([example.answer], device=hidden.device)
-
-
-def kl(full, routed):
-    """KL(full || routed) in nats from log-probabilities (..., vocab) -> (...)."""
-    return (full.exp() * (full - routed)).sum(-1)
 
 
 @torch.no_grad()
@@ -493,13 +474,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
             states[blocks[0] : blocks[-1] + 1] = policy.choose(q, states[blocks[0] - 1])
         return mean_cost(states, policy.costs)
 
-    def price(goal):
-        low, high = -span, span
-        for _ in range(32):
-            mu = (low + high) / 2
-            low, high = (mu, high) if cost_at(mu, looks) > goal else (low, mu)
-        return (low + high) / 2
-
+    price = lambda goal: lowest_price(lambda mu: cost_at(mu, looks), goal, -span, span)
     looks = look_at(examples)
     span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / float(policy.costs[1] - policy.costs[0])
     mus = [price(goal) for goal in goals]
@@ -564,57 +539,6 @@ def save_base(model, path):
 
 # ----------------------------------------------------------------------------------------------------------
 # 5 Compare
-
-
-@torch.no_grad()
-def compare(model, examples, policies, costs):
-    """Each policy against the full model on examples: a list of dicts with means over all that is predicted.
-
-    nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
-    right ones; speedup: in bits; states: shares; each: nats, kl and accuracy of every example, for intervals. A policy given
-    as None is the full model; a function of the tokens (B, T) gives one for every example.
-    """
-    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": []} for _ in policies]
-    for example in tqdm(examples, desc="compare", leave=False):
-        full, right = outcomes(model, model.hidden(example.rows), example)
-        for row, policy in zip(rows, policies):
-            routed = full
-            if policy is not None:
-                policy = policy(example.rows) if callable(policy) else policy
-                routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
-                row["states"].append(policy.states[:, example.keep()])
-            row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
-            row["kl"].append(kl(full, routed).mean().item())
-            row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
-            row["accuracy"].append((routed.argmax(-1) == right).float().mean().item())
-    out = []
-    for row in rows:
-        ran = row.pop("states")
-        states = torch.cat(ran, 1) if ran else torch.full((1, 1), 4)
-        means = {k: sum(v) / len(v) for k, v in row.items()}
-        out.append(means | {"speedup": speedup_bits(states, costs), "states": state_shares(states),
-                            "each": {k: [round(x, 6) for x in row[k]] for k in ("nats", "kl", "accuracy")}, "raw": states})
-    return out
-
-
-def bootstrap(statistic, *values, draws=2000):
-    """95% bootstrap interval over examples: paired lists (n,) -> (low, high) of statistic(tensors (draws, n))."""
-    pick = torch.randint(len(values[0]), (draws, len(values[0])), generator=torch.Generator().manual_seed(0))
-    found = statistic(*(torch.tensor(v)[pick] for v in values))
-    return found.quantile(0.025).item(), found.quantile(0.975).item()
-
-
-def comparison_table(names, rows, choice=False):
-    """The comparison as a Markdown table, for the terminal and the README; in brackets 95% intervals over examples."""
-    key, unit, digits = ("accuracy", 100, 1) if choice else ("nats", 1, 4)
-    cells = []
-    for name, r in zip(names, rows):
-        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], rows[0]["each"][key])
-        change = f"{unit * (r[key] - rows[0][key]):+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
-        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change if r is not rows[0] else "", f"{r['kl']:.4f}",
-                      f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])
-    return format_table(["", "speedup in bits", "accuracy, %" if choice else "nats", "change", "KL to full", "top-1 agreement",
-                         "skip, INT4, INT8, full"], cells)
 
 
 def plot(path, log, states, names, rows):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import train
+from baselines import compare
 from conftest import CACHE, ROOT, script
-from data import text_examples
+from data import kl, text_examples
 from infer import generate
 from model import load
 from policy import Fixed, Policy, bit_costs, mean_cost
@@ -96,7 +97,7 @@ def test_sensitivity_is_the_damage_of_one_block(tiny):
     damage = train.sensitivities(model, text_examples(tokens), scale)
     states = torch.tensor([4, 4, 0, 4])
     full, routed = model(tokens).log_softmax(-1), model(tokens, Fixed(states, scale)).log_softmax(-1)
-    assert damage[2, 0].item() == pytest.approx(train.kl(full, routed)[:, :-1].sum().item() / 24, rel=1e-4)
+    assert damage[2, 0].item() == pytest.approx(kl(full, routed)[:, :-1].sum().item() / 24, rel=1e-4)
     assert (damage[0] == 0).all() and damage[3, 0] == 0 and (damage[:, 3] == 0).all() and (damage[1:, 1] > damage[1:, 2]).all()
 
 
@@ -113,7 +114,7 @@ def test_prices_meet_their_targets(tiny, some_text):
 def test_comparison_numbers(tiny, some_text):
     model, tokenizer = load(str(tiny))
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(2, 48)
-    full, same, int4 = train.compare(model, text_examples(tokens), [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])], bit_costs(model.config))
+    full, same, int4 = compare(model, text_examples(tokens), [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])], bit_costs(model.config))
     logits = torch.stack([model(t[None])[0] for t in tokens])[:, :-1]
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert full["nats"] == pytest.approx(nats.item(), rel=1e-5) == pytest.approx(same["nats"], rel=1e-5)
@@ -142,7 +143,7 @@ def test_fisher_label_is_the_kl_of_one_choice(tiny):
         for t in (0, 2, 5, 9):
             states = torch.full((4, 1, 10), 4)
             states[i, 0, t] = 2
-            measured.append(train.kl(full, model(window[None], Fixed(states)).log_softmax(-1)).sum().item())
+            measured.append(kl(full, model(window[None], Fixed(states)).log_softmax(-1)).sum().item())
             predicted.append(labels[t, i - 1, 2].item())
     ratios = torch.tensor(predicted) / torch.tensor(measured)
     assert ((ratios > 0.6) & (ratios < 1.6)).all(), ratios
@@ -184,9 +185,9 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
     train.choose_codes(model, tokens, half, kept.append)
     assert all(torch.equal(a, b) for key in some for a, b in zip(some[key], half[key]))
     model.quantize(int4=name)
-    gptq = train.compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    gptq = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
     model.quantize()
-    nearest = train.compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    nearest = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
     assert gptq < nearest
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
