@@ -385,7 +385,7 @@ def speed(args):
     for horizon in dict.fromkeys((policy.horizon, 1)):
         for target in (1.33, 1.67, 2.0) if horizon == policy.horizon else (2.0,):
             policy.horizon = horizon
-            policy.at(target)
+            policy.at(target, track=True)  # as infer.py decodes
             out = generate(model, tokenizer, prompt, policy, tokens)
             known = Fixed(out["states"][:, None], policy.scale)
             values = median_of(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})

@@ -681,7 +681,7 @@ def main():
         examples = read("train", 10**6, WINDOW)[:: 1 if choice else 8][:POOL]
     priced = up_to(8 * LONG, read("train", 10**6 if choice else 8, LONG)) if choice else read("train", 8, LONG)
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
-    test = read("test", 200 if choice else 6, LONG)
+    test = read("test", 200 if choice else 4, LONG)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
