@@ -427,7 +427,8 @@ class Checkpoint:
         policy.scorer.load_state_dict({k[7:]: v for k, v in self.tensors.items() if k.startswith("scorer.")})
         for name, p in policy.scorer.named_parameters():
             prefix = f"adam.{name}."
-            optimizer.state[p] = {k[len(prefix):]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+            optimizer.state[p] = {k[len(prefix):]: v.to(p.device) if v.dim() else v  # Adam keeps its step on the CPU
+                                  for k, v in self.tensors.items() if k.startswith(prefix)}
         generator.set_state(self.tensors["generator"])
         policy.mu = self.meta["mu"]
         return self.meta["step"]
