@@ -519,7 +519,7 @@ def random_priced_policy(model, ids, horizon, targets, costs, overhead):
 
 
 def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=64, targets=(1.33, 1.67, 2.0)):
-    """Everything that is measured for one shape, and the events of one token (`one_token`)."""
+    """Everything that is measured for one shape: a dict for results/."""
     model, L = random_model(name, config, device), config.n_layer
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
     half = copy.copy(model)  # the first half of the blocks, to tell what a token takes besides them
@@ -582,7 +582,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed, "notes": notes,
             "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
             "bf16 / transformers": ratio(seconds, "transformers", "bf16") if "transformers" in seconds else None,
-            "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4")}, one_token(lambda f: run(policy, on_token=f))
+            "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
+            "one token": one_token(lambda f: run(policy, on_token=f))}
 
 
 def one_token(run):
@@ -593,16 +594,16 @@ def one_token(run):
         with record_function("token"):
             pass
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]) as p:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]) as p:
         run(mark)
     with tempfile.TemporaryDirectory() as folder:
         p.export_chrome_trace(f"{folder}/trace.json")
         events = [e for e in read_json(f"{folder}/trace.json")["traceEvents"] if e.get("ph") == "X"]
     marks = sorted(e["ts"] for e in events if e["name"] == "token" and e.get("cat") == "user_annotation")
     begin, end = marks[-3:-1]
-    kinds = {"kernel": "stream", "gpu_memcpy": "stream", "gpu_memset": "stream", "cuda_runtime": "host"}
-    return [(f"stream {e['args']['stream']}" if kinds[e["cat"]] == "stream" else "host", e["name"], (e["ts"] - begin) / 1000, e["dur"] / 1000)
-            for e in events if e.get("cat") in kinds and begin <= e["ts"] < end]
+    row = lambda e: "host" if e["cat"] == "cuda_runtime" else f"stream {e['args']['stream']}"
+    return [(row(e), e["name"], (e["ts"] - begin) / 1000, e["dur"] / 1000) for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime") and begin <= e["ts"] < end]
 
 
 def timeline(path, events, title):
@@ -624,35 +625,33 @@ def timeline(path, events, title):
 def speed_gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("--suite gpu: PyTorch finds no CUDA device here; run it where there is one")
-    device, shapes, events = pick_device("cuda"), [], None
+    device, shapes = pick_device("cuda"), []
     bandwidth = read_bandwidth(device)
     for name, config in SHAPES.items():
-        result, trace = speed_of_shape(name, config, device, args.rounds, bandwidth)
-        shapes.append(result)
-        events = events or trace
+        shapes.append(speed_of_shape(name, config, device, args.rounds, bandwidth))
         torch.cuda.empty_cache()
     path = Path(args.results) / "speed-gpu.json"
-    caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step, {args.rounds} alternating rounds; a random policy with latency prices; "
-               f"memory read at {bandwidth:.0f} GB/s in the same run; every path uses an INT8 head.")
+    caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step, {args.rounds} alternating rounds; a random policy with latency "
+               f"prices; memory read at {bandwidth:.0f} GB/s in the same run; every path uses an INT8 head.")
     about = SimpleNamespace(name=" and ".join(SHAPES), weights="shapes with random weights", fingerprint=lambda: None)
     markdown = gpu_table(shapes)
     save_result(path, device, about, args.seed, caption=caption, markdown=markdown, bandwidth_gb_s=bandwidth, shapes=shapes,
                 kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()})
     picture = path.with_name("timeline-gpu.png")
-    timeline(picture, events, f"One token, {shapes[0]['name']}, decided one block ahead, {device_name(device)}")
+    timeline(picture, shapes[0]["one token"], f"One token, {shapes[0]['name']}, decided one block ahead, {device_name(device)}")
     print(f"{caption}\n\n{markdown}\n\nwrote {path} and {picture}")
 
 
 def gpu_table(shapes):
     line = lambda what, goal, f: [what, goal, *map(f, shapes)]
     rows = [line(f"{p}, tokens/s (share of the memory bandwidth)", ">= 85%" if p == "bf16" else "",
-                 lambda r: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
+                 lambda r, p=p: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
     rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: r["notes"]["gpt-fast"]),
-             line("bf16 / transformers bf16", ">= 3", lambda r: f"{r['bf16 / transformers']:.2f}" if r["bf16 / transformers"] else "not installed"),
-             line("INT8 / bf16", ">= 1.8", lambda r: f"{r['INT8 / bf16']:.2f}"), line("INT4 / bf16", ">= 3.0", lambda r: f"{r['INT4 / bf16']:.2f}")]
+             *(line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not installed") for key, goal in
+               (("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0")))]
     for n, first in enumerate(shapes[0]["routed"]):
         how = f"horizon {'1' if first['horizon'] == 1 else 'L'}, {first['speedup_target']:g}x asked"
-        of = lambda key, digits=3: lambda r: f"{r['routed'][n][key]:.{digits}f}"
+        of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}"
         rows += [line(f"routed, async / same states known ahead, {how}", "<= 1.02", of("async / known")),
                  line(f"async / sync, {how}", "< 1", of("async / sync")),
                  line(f"measured speedup, {how}", "", of("measured", 2)),

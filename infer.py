@@ -147,8 +147,8 @@ class Engine:
         self.policy, self.length, self.sync, self.begun, self.asked, self.price = policy, length, sync, False, None, None
         self.wait()
         self.position.fill_(length - 1)
-        self.given = policy.given.cpu() if isinstance(policy, Fixed) else None
-        if isinstance(policy, Policy):
+        self.given, self.routed = policy.given.cpu() if isinstance(policy, Fixed) else None, isinstance(policy, Policy)
+        if self.routed:
             self.costs.copy_(policy.costs)
             self.spent = dict(zip(STATE_OF, policy.costs.tolist()))
         for stream in (self.main, self.side):
@@ -158,7 +158,7 @@ class Engine:
         """The states that are known before the token at position t runs: a list, all L or the first alone."""
         if self.policy is None:
             return [4] * self.L
-        if isinstance(self.policy, Policy):
+        if self.routed:
             return [4]
         if isinstance(self.policy, ByPosition):
             return self.policy.at_positions(torch.tensor([t]))[:, 0].tolist()
@@ -168,7 +168,7 @@ class Engine:
         """Launch the first steps of the token in `token`, which may be known to the device alone."""
         self.path, self.begun = self.known(self.length), True
         self.length += 1
-        if isinstance(self.policy, Policy) and self.price != self.policy.mu:
+        if self.routed and self.price != self.policy.mu:
             self.price = self.host_mu[0] = self.policy.mu  # the last copy was read before the last answer came
             with self.backend.stream(self.main if self.sync else self.side):
                 self.copy(self.mu, self.host_mu)
@@ -177,23 +177,28 @@ class Engine:
 
     def block(self, i):
         """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it."""
-        if len(self.path) == i and self.asked:
+        if self.asked and len(self.path) == i:
             self.take()
-        if isinstance(self.policy, Policy) and plan(i, self.L, self.policy.horizon):
-            self.ask(i)
+        blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
+        first = blocks and (self.sync or len(self.path) == i)
+        if blocks:
+            self.ready.record(self.main)  # the input of block i
+        if first:
+            self.ask(i, blocks)
         if len(self.path) == i:
             self.take()
         s = self.path[i]
         kind = (self.policy.scale[i],) if s == 0 else (bucket_of(self.length),)  # a skip reads no keys
         size, scale = (self.size, *kind) if s == 0 else (*kind, 1.0)
         self.graph((i, s, *kind), self.main, self.run_block, i, s, size, scale)()
+        if blocks and not first:  # the block first: its launch must not wait for the scorer's
+            self.ask(i, blocks)
 
-    def ask(self, i):
-        """Start the scorer on the input of block i, which the main stream is about to have ready."""
-        scorer, self.asked = self.policy.scorer, plan(i, self.L, self.policy.horizon)
-        score = self.graph((scorer, i, self.policy.horizon), self.side, self.run_scorer, scorer, i, self.asked)
+    def ask(self, i, blocks):
+        """Start the scorer on the input of block i, to decide `blocks`."""
+        scorer, self.asked = self.policy.scorer, blocks
+        score = self.graph((scorer, i, self.policy.horizon), self.side, self.run_scorer, scorer, i, blocks)
         stream = self.main if self.sync else self.side
-        self.ready.record(self.main)
         stream.wait_event(self.ready)
         with self.backend.stream(stream):
             score()

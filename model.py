@@ -515,22 +515,21 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
 
 
 def check_gpu(c, device, plain=False):
-    """ValueError when the device is a GPU that cannot decode a model of this configuration: no bf16, or too little memory for its
-    weights in bf16, INT8, INT4 and an INT8 head (`plain`: in bf16 alone); 7B take 24 to 26 GB, and the cache of keys and values
-    0.06 to 0.5 MB a token."""
+    """ValueError when the device is a GPU that cannot decode a model of this configuration: it has no bf16, or no room for the weights in
+    bf16, INT8, INT4 and an INT8 head (`plain`: in bf16 alone). 7B take 24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values."""
     if torch.device(device).type != "cuda":
         return
-    name, (major, _), (free, total) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.cuda.mem_get_info(device)
-    if major < 8:
+    name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
     kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
-    bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # bytes of an INT4 weight with its share of scale and zero
+    bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
     need = bf16 if plain else bf16 + linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low + head
     if need > free:
-        other = f"in bf16 alone (--full) it takes {bf16 / 1e9:.1f} GB, " if bf16 < free and not plain else ""
-        raise ValueError(f"{need / 1e9:.1f} GB of weights do not fit {name}, which has {free / 1e9:.1f} of {total / 1e9:.1f} GB free; {other}a model of "
-                         f"{free / 1e9 * linears / need:.1f} billion parameters would fit, and --device cpu needs no GPU")
+        other = f"in bf16 alone (--full) they take {bf16 / 1e9:.1f} GB; " if bf16 < free and not plain else ""
+        raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"
+                         f"a model of {free / need * linears / 1e9:.1f} billion parameters would fit, and --device cpu needs no GPU")
 
 
 def load_trained(path, device, dtype):

@@ -540,8 +540,7 @@ def command_line(main):
     except (ValueError, OSError) as e:
         sys.exit(fail(" ".join(str(e).split())))
     except torch.OutOfMemoryError:
-        free, total = torch.cuda.mem_get_info()
-        sys.exit(fail(f"the GPU's memory is full ({total / 1e9:.0f} GB, {free / 1e9:.1f} left); take a smaller --model, fewer --limit or --samples, "
+        sys.exit(fail(f"the GPU's {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of memory are full; give a smaller --model, --limit or --samples, "
                       "a shorter --prompt, or --device cpu"))
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept")

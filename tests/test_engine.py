@@ -1,14 +1,18 @@
 """The GPU engine on the CPU, direct calls for its graphs: the same tokens, states and logits as the eager path, in any legal order."""
 
+import json
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import tiny_folder
+import bench
+import quant
+from conftest import script, tiny_folder
 from infer import Engine, bucket_of, generate
-from model import load
+from model import check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
 
@@ -142,9 +146,9 @@ def test_the_shuffle_finds_a_race(tmp_path):
     tokenizer.eos = ()
 
     class NoWait(Shuffled):
-        def ask(self, i):
+        def ask(self, i, blocks):
             self.side.wait_event = lambda event: None
-            super().ask(i)
+            super().ask(i, blocks)
 
     class OneRow(Shuffled):
         def run_block(self, i, *rest):
@@ -191,3 +195,131 @@ def test_buckets():
     assert [bucket_of(n) for n in (1, 128, 129, 512, 513, 1024, 1025, 4096)] == [128, 128, 256, 512, 640, 1024, 1280, 4096]
     for n in range(1, 5000):
         assert n <= bucket_of(n) <= max(256, 1.25 * n + 1) and bucket_of(bucket_of(n)) == bucket_of(n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kernels for one row, and `bench.py speed --suite gpu`
+
+SHAPES = [(64, 128), (33, 64), (96, 320)]
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_row_kernels_against_the_reference(N, K, compiled):
+    """What torch.compile gets, as it is and compiled (here for the CPU)."""
+    torch.manual_seed(0)
+    w, x = torch.randn(N, K).bfloat16().float(), torch.randn(1, K).bfloat16()
+    codes, scale, zero = quant.quantize_int4(w)
+    cases = {"bf16 compiled": ([w.bfloat16()], w),
+             "int8 compiled": ([t if t.dtype == torch.int8 else t.bfloat16() for t in quant.quantize_int8(w)],
+                               quant.dequantize_int8(*quant.quantize_int8(w))),
+             "int4 compiled": ([quant.pack_nibbles(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
+    for name, (tensors, dense) in cases.items():
+        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](x, *tensors)
+        want = x.float() @ dense.T
+        assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more():
+    torch.manual_seed(0)
+    w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
+    int8, int4 = quant.Int8Weight(*quant.quantize_int8(w), torch.bfloat16), quant.Int4Weight(*quant.quantize_int4(w), torch.float32)
+    int4.scale_zero = int4.scale_zero.bfloat16()
+    int8.kernel, int4.kernel = "int8 compiled", "int4 compiled"
+    for weight, dense in ((int8, quant.dequantize_int8(*quant.quantize_int8(w))), (int4, quant.dequantize_int4(*quant.quantize_int4(w)))):
+        for rows in (1, 5):
+            want = x[:rows].float() @ dense.T
+            assert (weight(x[:rows]) - want).abs().max() < 0.02 * want.abs().max()
+    bias = torch.randn(48).bfloat16()
+    for rows in (1, 5):
+        got, want = quant.linear_by_row(x[:rows], w.bfloat16(), bias), torch.nn.functional.linear(x[:rows], w.bfloat16(), bias)
+        assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_the_fastest_right_kernel_is_chosen_and_recorded(monkeypatch):
+    w = torch.randn(16, 64)
+    kernels = {"slow": torch.nn.functional.linear, "fast": torch.nn.functional.linear, "wrong": lambda x, w: x @ w.T + 1,
+               "broken": lambda x, w: x.no_such_thing, "nan": lambda x, w: x @ w.T * float("nan")}
+    times = {"slow": 9.0, "fast": 3.0, "wrong": 1.0, "broken": 1.0, "nan": 1.0}
+    monkeypatch.setattr(quant, "ROW_KERNELS", kernels)
+    monkeypatch.setattr(quant, "CHOSEN", {})
+    measured, layouts = [], dict.fromkeys(kernels, lambda: [w.bfloat16()])
+    for _ in range(2):  # measured once
+        assert quant.choose((16, 16, 64), layouts, lambda x: x @ w.T, "cpu", lambda name, *_: measured.append(name) or times[name]) == "fast"
+    assert measured == ["slow", "fast"]
+    found = quant.CHOSEN[16, 16, 64]
+    assert found["fast"] == 3.0 and "wrong by" in found["wrong"] and "no_such_thing" in found["broken"] and "wrong by nan" in found["nan"]
+    assert quant.choose((16, 16, 64, "other"), {"broken": layouts["broken"]}, lambda x: x @ w.T, "cpu") == "reference"
+
+
+def test_speed_of_a_shape_end_to_end():
+    """The function behind --suite gpu on a tiny shape: the engine on the CPU, direct calls for graphs."""
+    config = replace(bench.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
+    r = bench.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
+    table = bench.gpu_table([r, r])
+    assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
+    assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured", "measured / promised"))
+    assert r["ms"]["transformers"] > 0 and len({*map(len, table.splitlines())}) == 1
+    json.dumps(r)
+
+
+def test_timeline(tmp_path):
+    events = [("stream 7", "gemv", 0.0, 1.0), ("stream 13", "scorer", 0.1, 0.2), ("host", "cudaEventSynchronize", 0.1, 0.3)]
+    bench.timeline(tmp_path / "t.png", events, "one token")
+    assert (tmp_path / "t.png").stat().st_size > 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_says_so(tmp_path):
+    done = script("bench.py", "speed", "--suite", "gpu", "--results", tmp_path)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("capability, free, says", [((7, 5), 80, "no bf16"), ((9, 0), 20, "--full"), ((9, 0), 4, "billion parameters would fit")])
+def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free * 10**9, 80 * 10**9))
+    with pytest.raises(ValueError, match=says):
+        check_gpu(bench.SHAPES["LLaMA-2-7B"], "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
+    for config in bench.SHAPES.values():
+        check_gpu(config, "cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu(tmp_path):
+    """Every kernel that was chosen is right, captured graphs give the eager CPU path's logits to bf16 accuracy, async equals sync."""
+    tiny_folder(tmp_path, layers=6, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    cpu, tokenizer = load(str(tmp_path))
+    gpu, _ = load(str(tmp_path), "cuda", torch.bfloat16)
+    cpu.quantize()
+    gpu.quantize(real=True)
+    assert all(any(isinstance(t, float) for t in found.values()) for found in quant.CHOSEN.values()), quant.CHOSEN
+    tokenizer.eos = ()
+    for horizon in (1, 2, 6):
+        for seed in range(3):
+            policy = random_policy(cpu, seed, horizon).to("cuda")
+            outs = [generate(gpu, tokenizer, PROMPT * 3, policy, 150, sync=sync) for sync in (False, True, False)]
+            for out in outs[1:]:
+                assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
+            fixed, rows = Fixed(outs[0]["states"][:, None], policy.scale), []
+            ids = torch.tensor([tokenizer.encode(PROMPT * 3) + outs[0]["tokens"]])[:, : outs[0]["states"].shape[1]]
+            start = outs[0]["prompt_tokens"]
+            with torch.inference_mode():
+                engine = gpu.engine
+                engine.wait()
+                engine.cache.length = 0
+                gpu.hidden(ids[:, :start].cuda(), fixed, engine.cache)
+                engine.start(fixed, start)
+                for t in range(start, ids.shape[1]):
+                    engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
+            want = cpu(ids, fixed)[0, start:]
+            assert (torch.stack(rows) - want).abs().max() < 0.1 * want.abs().max()
