@@ -18,9 +18,10 @@ import time
 
 import torch
 
-from model import KVCache, load
+from model import Block, KVCache, load
 from policy import (INDEX_OF, STATE_OF, ByPosition, Fixed, Parser, Policy, Scorer, bit_costs, command_line, mean_cost, pick_device, plan,
                     speedup_bits, state_shares)
+from quant import CHOSEN
 
 COLORS = {0: "\033[90m", 1: "\033[36m", 2: "\033[33m", 4: "\033[31m"}  # skip grey, INT4 cyan, INT8 yellow, full red
 RESET = "\033[0m"
@@ -37,17 +38,18 @@ def bucket_of(n):
 
 
 class Bucket:
-    """The KV cache as a captured graph sees it: it writes to the slot that the tensor `position` names and reads the first `size`
-    slots, under a mask. So one graph serves every token of a bucket, and attention does not read the whole cache."""
+    """One block's keys and values (1, slots, n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
+    `position` names and reads the first `size` slots, under a mask (1, 1, 1, slots). So one graph serves every token of a bucket, and
+    attention does not read the whole cache."""
 
-    def __init__(self, cache, position, mask, size):
-        self.cache, self.position, self.mask, self.size = cache, position, mask[..., :size], size
+    def __init__(self, k, v, position, mask, size):
+        self.k, self.v, self.position, self.mask, self.size = k, v, position, mask, size
 
     def store(self, k, v, i):
         """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""
-        for kept, new in ((self.cache.k, k), (self.cache.v, v)):
-            kept[i].index_copy_(1, self.position, new)
-        return self.cache.k[i, :, : self.size], self.cache.v[i, :, : self.size], self.mask
+        self.k.index_copy_(1, self.position, k)
+        self.v.index_copy_(1, self.position, v)
+        return self.k[:, : self.size], self.v[:, : self.size], self.mask[..., : self.size]
 
 
 class Engine:
@@ -91,6 +93,7 @@ class Engine:
         self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
+        self.fused = self.compile() if cuda else Block.forward
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
     # What the graphs do
@@ -103,8 +106,9 @@ class Engine:
         self.mask.zero_().masked_fill_(self.slots > self.position, float("-inf"))
 
     def run_block(self, i, s, size, scale):
-        bucket = Bucket(self.cache, self.position, self.mask, size)
-        self.x[1 - i % 2].copy_(self.model.blocks[i](self.x[i % 2], 1, [(s, None)], scale, self.rope, bucket, i))
+        bucket = Bucket(self.cache.k[i], self.cache.v[i], self.position, self.mask, size)
+        forward = self.fused if s else Block.forward  # a_i would make every block a compilation of its own
+        self.x[1 - i % 2].copy_(forward(self.model.blocks[i], self.x[i % 2], 1, [(s, None)], scale, self.rope, bucket))
 
     def run_scorer(self, scorer, i, blocks):
         q = scorer(scorer.features(self.x[i % 2][None], self.where), blocks)[0, 0]
@@ -113,6 +117,27 @@ class Engine:
     def run_head(self):
         self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
         torch.argmax(self.logits, 0, keepdim=True, out=self.token)
+
+    def compile(self):
+        """Block.forward by torch.compile, which merges the small operators between the products; or as it is, where that fails."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one a state, shape and so on
+        fused, out = torch.compile(Block.forward, fullgraph=True), []
+        try:
+            for forward in (Block.forward, fused):
+                bucket = Bucket(self.cache.k[0], self.cache.v[0], self.position, self.mask, 128)
+                x = torch.ones_like(self.x[0]) + self.model.embed.weight[:1]
+                out.append(forward(self.model.blocks[0], x, 1, [(4, None)], 1.0, self.rope, bucket).float())
+            off = float((out[1] - out[0]).abs().max() / out[0].abs().max())
+            if not off < 0.02:
+                raise ValueError(f"wrong by {off:.2g}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # whatever compilers raise
+            CHOSEN["block"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
+            print(f"blocks run uncompiled, which costs speed ({CHOSEN['block']})", file=sys.stderr)
+            return Block.forward
+        CHOSEN["block"] = "compiled"
+        return fused
 
     def capture(self, f, stream):
         """f as a graph for a stream: a function that launches it on the current one. f may run any number of times before."""

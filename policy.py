@@ -560,6 +560,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
+        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
     return device

@@ -200,11 +200,8 @@ def test_buckets():
 # ----------------------------------------------------------------------------------------------------------
 # Kernels for one row, and `bench.py speed --suite gpu`
 
-SHAPES = [(64, 128), (33, 64), (96, 320)]
 
-
-@pytest.mark.parametrize("N, K", SHAPES)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("N, K, compiled", [(64, 128, False), (33, 64, False), (96, 320, False), (33, 320, True)])
 def test_row_kernels_against_the_reference(N, K, compiled):
     """What torch.compile gets, as it is and compiled (here for the CPU)."""
     torch.manual_seed(0)
@@ -220,7 +217,8 @@ def test_row_kernels_against_the_reference(N, K, compiled):
         assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
 
 
-def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more():
+def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
+    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
     torch.manual_seed(0)
     w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
     int8, int4 = quant.Int8Weight(*quant.quantize_int8(w), torch.bfloat16), quant.Int4Weight(*quant.quantize_int4(w), torch.float32)
@@ -258,7 +256,7 @@ def test_speed_of_a_shape_end_to_end():
     r = bench.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
     table = bench.gpu_table([r, r])
     assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
-    assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured", "measured / promised"))
+    assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured"))
     assert r["ms"]["transformers"] > 0 and len({*map(len, table.splitlines())}) == 1
     json.dumps(r)
 
