@@ -32,8 +32,8 @@ RESET = "\033[0m"
 
 
 def bucket_of(n):
-    """How many slots of the cache a token reads that may attend to n: 128 or more, and at most a quarter more than n."""
-    step = max(128, 1 << n.bit_length() - 3)
+    """How many slots of the cache a token reads that may attend to n: less than 128, or a quarter, more than n."""
+    step = max(128, 2 ** n.bit_length() // 8)
     return -(-n // step) * step
 
 

@@ -540,8 +540,8 @@ def command_line(main):
     except (ValueError, OSError) as e:
         sys.exit(fail(" ".join(str(e).split())))
     except torch.OutOfMemoryError:
-        sys.exit(fail(f"the GPU's {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of memory are full; give a smaller --model, --limit or --samples, "
-                      "a shorter --prompt, or --device cpu"))
+        sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
+                      "--samples, a shorter --prompt, or --device cpu"))
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept")
         sys.exit(130)
