@@ -259,7 +259,7 @@ CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or wh
 def row_kernel(name):
     if not name.endswith("compiled"):
         return ROW_KERNELS[name]
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a compilation a shape
+    torch._dynamo.config.recompile_limit = 256  # a compilation a shape
     return torch.compile(ROW_KERNELS[name], dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
 
 

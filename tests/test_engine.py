@@ -188,6 +188,18 @@ def test_a_tracking_price_follows_in_the_engine(tiny):
         assert policy.mu != policy.price(2.0)
 
 
+@torch.no_grad()
+def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeypatch):
+    model, _ = load(str(tiny))
+    model.quantize()
+    monkeypatch.setattr(quant, "CHOSEN", found := {})
+    monkeypatch.setattr("infer.CHOSEN", found)
+    engine = Engine(model, 200)
+    engine.compiled = lambda *args: args.no_such_thing
+    compare(model, random_policy(model, 0), engine)
+    assert "no_such_thing" in found["block"] and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_buckets():
     assert [bucket_of(n) for n in (1, 128, 129, 512, 513, 1024, 1025, 4096)] == [128, 128, 256, 512, 640, 1024, 1280, 4096]
     for n in range(1, 5000):
