@@ -171,7 +171,7 @@ def compare(model, examples, policies, costs):
             if policy is not None:
                 policy = policy(example.rows) if callable(policy) else policy
                 routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
-                row["states"].append(policy.states[:, example.keep()])
+                row["states"].append(policy.states[:, example.keep()].cpu())
             row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
             row["kl"].append(kl(full, routed).mean().item())
             row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())

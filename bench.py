@@ -5,7 +5,9 @@
     frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
               by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs; results/frontier-TASK.json, .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
-              bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
+              bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart.
+              --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead
+              and transformers; writes results/speed-gpu.json and a picture of one token's timeline
     ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
     report    puts the tables of results/ into the README
 
@@ -13,10 +15,15 @@ Perplexity and accuracy use fp32 and dequantised weights in parallel passes; dec
 Both run the same routed forward.
 """
 
+import copy
+import gc
 import json
 import statistics
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
@@ -25,11 +32,11 @@ from tqdm import tqdm
 import baselines
 from baselines import bootstrap, compare
 from data import CHOICE_TASKS, kl, load_examples, load_text, outcomes, text_examples, windows
-from infer import generate
-from model import KVCache, fetch_smollm2, load, read_gguf, read_json
-from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device, save_result,
-                    speedup_bits, write_whole)
-from quant import fake_quantize
+from infer import Engine, generate
+from model import LLM, Config, KVCache, check_gpu, fetch_smollm2, load, read_gguf, read_json
+from policy import (Fixed, Parser, Policy, Scorer, bit_costs, command_line, device_name, format_table, goal_cost, mean_cost, most_speedup,
+                    pick_device, save_result, speedup_bits, write_whole)
+from quant import CHOSEN, fake_quantize
 from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
 
 METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
@@ -278,37 +285,40 @@ def ratio(values, a, b):
     return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
+def transformers_model(c, device):
+    """The same network in transformers, bf16, random weights. ImportError without transformers."""
+    import transformers
+
+    kind = "Qwen2" if c.qkv_bias else "Llama"
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return getattr(transformers, kind + "ForCausalLM")(config).to(torch.bfloat16).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def transformers_step(theirs, ids, tokens, **options):
+    """Median seconds of a decoding step of transformers' own `generate`."""
+    prompt, times = torch.tensor([ids], device=theirs.device), []
+    clock = SimpleNamespace(put=lambda value: times.append(time.perf_counter()), end=lambda: None)  # called with every token as it comes
+    theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
+                    streamer=clock, **options)
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+
 def peers(model, tokenizer, ids, tokens, threads):
     """Decoding with transformers in bf16 and with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
     out, missing = {}, []
     path = fetch_smollm2()
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        c = model.config
-        config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
-                             num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
-                             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps,
-                             tie_word_embeddings=c.tied)
-        theirs = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        theirs = transformers_model(model.config, "cpu")
         theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
-        prompt = torch.tensor([ids])
-
-        class Clock:  # transformers calls it with every token as it comes
-            def put(self, value):
-                self.times.append(time.perf_counter())
-
-            def end(self):
-                pass
-
-        def run_transformers():
-            clock = Clock()
-            clock.times = []
-            theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens,
-                            do_sample=False, streamer=clock)
-            return statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
-
-        out["transformers bf16"] = run_transformers
+        out["transformers bf16"] = lambda: transformers_step(theirs, ids, tokens)
     except ImportError:
         missing.append("transformers")
     try:
@@ -332,17 +342,23 @@ def peers(model, tokenizer, ids, tokens, threads):
     return out, missing
 
 
-def read_bandwidth():
-    """GB/s of reading 1 GiB once, the best of 5."""
-    big, best = torch.ones(2**28), float("inf")
+def read_bandwidth(device="cpu"):
+    """GB/s of reading memory, the best of 5: 1 GiB once on the CPU, 4 GiB eight times on a GPU."""
+    size, times = (2**30, 8) if torch.device(device).type == "cuda" else (2**28, 1)
+    big, best = torch.ones(size, device=device), float("inf")
     for _ in range(5):
+        float(big[0])  # on a GPU: waits for what was launched
         began = time.perf_counter()
-        big.sum()
+        for _ in range(times):
+            total = big.sum()
+        float(total)
         best = min(best, time.perf_counter() - began)
-    return big.numel() * 4 / best / 1e9
+    return times * big.numel() * 4 / best / 1e9
 
 
 def speed(args):
+    if args.suite == "gpu":
+        return speed_gpu(args)
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.bfloat16)
     policy = Policy.load(args.policy).to(device)
@@ -407,7 +423,7 @@ def speed(args):
     policy.at(1.67)
     values = median_of(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
     sizes = model.bytes()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(device)
     weights = {"all bf16": sizes["4"], "all INT8": sizes["2"], "all INT4": sizes["1"]}
     result = {
         "tokens": tokens, "prompt_tokens": 64, "rounds": args.rounds, "policy": policy.settings, "tokens_per_second": per_second,
@@ -461,6 +477,191 @@ def speed_chart(path, result, device):
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
     axes.margins(x=0.1)
     save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# speed --suite gpu
+
+SHAPES = {
+    "LLaMA-2-7B": Config(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008, vocab_size=32000,
+                         block_size=4096, rope_theta=1e4, norm_eps=1e-5, tied=False),
+    "Qwen2.5-7B": Config(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, n_hidden=18944, vocab_size=152064,
+                         block_size=32768, rope_theta=1e6, norm_eps=1e-6, tied=False, qkv_bias=True)}
+IDS = SimpleNamespace(encode=list, decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())  # a tokenizer of nothing but ids
+
+
+@torch.no_grad()
+def random_model(name, config, device):
+    """A bf16 model with random weights, made on the device itself."""
+    check_gpu(config, device)
+    with torch.device("meta"):
+        model = LLM(config).bfloat16()
+    model.to_empty(device=device).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    for key, p in model.named_parameters():
+        p.fill_(1.0) if "norm" in key else p.normal_(std=0.02)
+    model.name, model.weights = name, "random weights"
+    model.quantize(real=True)
+    return model
+
+
+@torch.no_grad()
+def random_priced_policy(model, ids, horizon, targets, costs, overhead):
+    """A random scorer around plausible damages, with latency prices for the targets on the tokens `ids`."""
+    scorer = Scorer(model.config.n_layer, model.config.n_embd)
+    for p in (scorer.gain, scorer.shift, scorer.third.weight, scorer.bias):
+        torch.nn.init.normal_(p, std=0.1)
+    scorer.bias[..., :3] += torch.tensor([0.3, 0.03, 0.003]).log()  # nats: skip, INT4, INT8
+    settings = {"cost": "latency", "overhead": overhead}
+    policy = Policy(scorer, [1.0] * model.config.n_layer, costs, model.fingerprint(), horizon=horizon, settings=settings)
+    policy.to(ids.device)
+    calibrate_prices(policy, model, text_examples(ids[None]), targets, [goal_cost(s, model.config.n_layer, overhead) for s in targets])
+    return policy
+
+
+def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=64, targets=(1.33, 1.67, 2.0)):
+    """Everything that is measured for one shape: a dict for results/."""
+    model, L = random_model(name, config, device), config.n_layer
+    ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
+    half = copy.copy(model)  # the first half of the blocks, to tell what a token takes besides them
+    half.config, half._modules, half.engine = replace(config, n_layer=L // 2), dict(model._modules), None
+    half.blocks = model.blocks[: L // 2]
+    for m in (model, half):  # also on the CPU, where its graphs are direct calls
+        m.engine = Engine(m, context + tokens)
+    run = lambda policy=None, m=model, **options: generate(m, IDS, ids.tolist(), policy, tokens, **options)
+
+    def step(*args, **options):
+        """Median seconds from one token's coming to the next one's."""
+        times = []
+        run(*args, on_token=lambda *_: times.append(time.perf_counter()), **options)
+        return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+    def alternate(contenders):
+        for f in contenders.values():
+            f()  # captures its graphs
+        return median_of(rounds, contenders)
+
+    contenders = {"bf16": step, "half the blocks": lambda: step(None, half), "INT8": lambda: step(Fixed([2] * L)),
+                  "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
+    notes = {"gpt-fast": "not installed, so not compared"}
+    try:
+        theirs = transformers_model(config, device)
+        contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
+    except ImportError:
+        notes["transformers"] = "not installed, so not compared"
+    seconds = alternate(contenders)
+    theirs = contenders = None
+    ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
+    overhead = max(0.0, 2 * ms["half the blocks"] - ms["bf16"])
+    table = {"4": (ms["bf16"] - overhead) / L, "2": (ms["INT8"] - overhead) / L, "1": (ms["INT4"] - overhead) / L}
+    table["0"] = max(1e-6, (ms["skipped"] - overhead - table["4"] - table["1"]) / (L - 2))
+    unit = table["4"] / 4
+    costs = torch.tensor([table[s] / unit for s in ("0", "1", "2", "4")])
+
+    routed, decisions = [], []
+    for horizon in (L, 1):
+        policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, (overhead / unit, overhead / unit))
+        for target in targets if horizon == L else targets[-1:]:
+            policy.at(target)
+            states = run(policy)["states"]
+            same = torch.equal(states, run(policy, sync=True)["states"])
+            known = Fixed(states[:, None], policy.scale)
+            values = alternate({"async": lambda: step(policy), "sync": lambda: step(policy, sync=True), "known": lambda: step(known),
+                                "full": step})
+            if horizon == L:
+                decisions += [1000 * (a - b) for a, b in zip(values["async"], values["known"])]
+            blocks = sum(float((states[:, context:] == int(s)).float().mean()) * L * t for s, t in table.items())
+            routed.append({"horizon": horizon, "speedup_target": target, "measured": ratio(values, "full", "async"), "blocks_ms": blocks,
+                           "async / known": ratio(values, "async", "known"), "async / sync": ratio(values, "async", "sync"),
+                           "same states": same, "speedup_bits": speedup_bits(states, bit_costs(config))})
+    decision = max(0.0, statistics.median(decisions))
+    for row in routed:
+        row["measured / promised"] = row["measured"] * (overhead + decision + row.pop("blocks_ms")) / ms["bf16"]
+    sizes = model.bytes()
+    keys = 4 * L * config.n_kv_head * config.head_dim * (context + tokens // 2)  # bytes of the keys and values that a token reads
+    read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
+    return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed, "notes": notes,
+            "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
+            "bf16 / transformers": ratio(seconds, "transformers", "bf16") if "transformers" in seconds else None,
+            "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
+            "one token": one_token(lambda f: run(policy, on_token=f))}
+
+
+def one_token(run):
+    """One token's events from PyTorch's profiler: (row, name, start, milliseconds), rows by CUDA stream and "host"."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    def mark(*_):
+        with record_function("token"):
+            pass
+
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]) as p:
+        run(mark)
+    with tempfile.TemporaryDirectory() as folder:
+        p.export_chrome_trace(f"{folder}/trace.json")
+        events = [e for e in read_json(f"{folder}/trace.json")["traceEvents"] if e.get("ph") == "X"]
+    marks = sorted(e["ts"] for e in events if e["name"] == "token" and e.get("cat") == "user_annotation")
+    begin, end = marks[-3:-1]
+    row = lambda e: "host" if e["cat"] == "cuda_runtime" else f"stream {e['args']['stream']}"
+    return [(row(e), e["name"], (e["ts"] - begin) / 1000, e["dur"] / 1000) for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime") and begin <= e["ts"] < end]
+
+
+def timeline(path, events, title):
+    """Streams and host as rows, one token from left to right; the busiest stream is the main one."""
+    busy = lambda row: sum(e[3] for e in events if e[0] == row)
+    streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
+    rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for wait, color in ((False, "tab:blue"), (True, "lightgray")):
+            bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
+            axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
+    axes.set(xlabel="milliseconds", title=title, yticks=range(len(rows)), yticklabels=rows.values())
+    axes.invert_yaxis()
+    save_figure(figure, path)
+
+
+def speed_gpu(args):
+    if not torch.cuda.is_available():
+        raise ValueError("--suite gpu: PyTorch finds no CUDA device here; run it where there is one")
+    device, shapes = pick_device("cuda"), []
+    bandwidth = read_bandwidth(device)
+    for name, config in SHAPES.items():
+        shapes.append(speed_of_shape(name, config, device, args.rounds, bandwidth))
+        gc.collect()  # a model and its engine hold each other
+        torch.cuda.empty_cache()
+    events = [r.pop("one token") for r in shapes][0]
+    path = Path(args.results) / "speed-gpu.json"
+    caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step, {args.rounds} alternating rounds; a random policy with latency "
+               f"prices; memory read at {bandwidth:.0f} GB/s in the same run; every path uses an INT8 head.")
+    about = SimpleNamespace(name=" and ".join(SHAPES), weights="shapes with random weights", fingerprint=lambda: None)
+    markdown = gpu_table(shapes)
+    save_result(path, device, about, args.seed, caption=caption, markdown=markdown, bandwidth_gb_s=bandwidth, shapes=shapes,
+                kernels={k if k == "block" else " x ".join(map(str, k)): v for k, v in CHOSEN.items()})
+    picture = path.with_name("timeline-gpu.png")
+    timeline(picture, events, f"One token, {shapes[0]['name']}, decided one block ahead, {device_name(device)}")
+    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {picture}")
+
+
+def gpu_table(shapes):
+    line = lambda what, goal, f: [what, goal, *map(f, shapes)]
+    rows = [line(f"{p}, tokens/s (share of the memory bandwidth)", ">= 85%" if p == "bf16" else "",
+                 lambda r, p=p: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
+    rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: r["notes"]["gpt-fast"]),
+             *(line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not installed") for key, goal in
+               (("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0")))]
+    for n, first in enumerate(shapes[0]["routed"]):
+        how = f"horizon {'1' if first['horizon'] == 1 else 'L'}, {first['speedup_target']:g}x asked"
+        of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}"
+        rows += [line(f"routed, async / same states known ahead, {how}", "<= 1.02", of("async / known")),
+                 line(f"async / sync, {how}", "< 1", of("async / sync")),
+                 line(f"measured speedup, {how}", "", of("measured", 2)),
+                 line(f"measured / promised, {how}", "0.95 to 1.05", of("measured / promised"))]
+    rows += [line("the same states, async and sync", "all", lambda r: "yes" if all(x["same states"] for x in r["routed"]) else "no"),
+             line("weights in all three precisions", "<= 40 GB", lambda r: f"{r['bytes']['all'] / 1e9:.1f} GB")]
+    return format_table(["", "goal", *(r["name"] for r in shapes)], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -530,6 +731,7 @@ def main():
     p.add_argument("--model", default="smollm2")
     p.add_argument("--limit", type=int, help="windows of 1,024 tokens (default 8) or items (default 100) to evaluate, from the start")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
+    p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")

@@ -4,6 +4,9 @@ Decoding is greedy or sampled, one token at a time through the KV cache. Every t
 each block in the state that the policy chooses (Eq 18-20); on the CPU the weights are bf16 with real INT8 and INT4
 kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
 median decoding step after the prompt, for the policy and for the full model in the same run.
+
+On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state), launched by the host as the states
+become known, while the scorer runs on a second stream. Prompts, batches and the CPU take the eager path, `LLM.hidden`.
 """
 
 import codecs
@@ -15,21 +18,268 @@ import time
 
 import torch
 
-from model import KVCache, load
-from policy import Parser, Policy, bit_costs, command_line, mean_cost, pick_device, speedup_bits, state_shares
+from model import Block, KVCache, load
+from policy import (INDEX_OF, STATE_OF, ByPosition, Fixed, Parser, Policy, Scorer, bit_costs, command_line, mean_cost, pick_device, plan,
+                    speedup_bits, state_shares)
+from quant import CHOSEN
 
 COLORS = {0: "\033[90m", 1: "\033[36m", 2: "\033[33m", 4: "\033[31m"}  # skip grey, INT4 cyan, INT8 yellow, full red
 RESET = "\033[0m"
 
 
+# ----------------------------------------------------------------------------------------------------------
+# One sequence on a GPU
+
+
+def bucket_of(n):
+    """How many slots of the cache a token reads that may attend to n: less than 128, or a quarter, more than n."""
+    step = max(128, 2 ** n.bit_length() // 8)
+    return -(-n // step) * step
+
+
+class Bucket:
+    """One block's keys and values (1, slots, n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
+    `position` names and reads the first `size` slots, under a mask (1, 1, 1, slots). So one graph serves every token of a bucket, and
+    attention does not read the whole cache."""
+
+    def __init__(self, k, v, position, mask, size):
+        self.k, self.v, self.position, self.mask, self.size = k, v, position, mask, size
+
+    def store(self, k, v, i):
+        """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""
+        self.k.index_copy_(1, self.position, k)
+        self.v.index_copy_(1, self.position, v)
+        return self.k[:, : self.size], self.v[:, : self.size], self.mask[..., : self.size]
+
+
+class Engine:
+    """Decodes one sequence: graphs on the device, decisions on a second stream, launches by the host (batch 1).
+
+    Every (block, state) is a CUDA graph of the one `Block.forward`, captured at its first use. All that crosses from one graph to
+    another, or to the host, is a tensor made here, outside the graphs' pools, at an address that never changes:
+
+        token, position, rope, where, mask   what a token is and where it stands; set by the graph "embed"
+        x         two rows: block i reads x[i % 2] and writes the other, so a scorer can still read block i's input while block i
+                  runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come.
+        mu, best  the price; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
+        logits    and the likeliest token, from the graph "head"
+
+    The scorer's graph for block i + 1 starts on the decision stream when block i starts on the main one (Eq 19-20). The host
+    waits for that answer's event alone, looks its path up as `Policy.choose` does, and launches the graphs it names; it never
+    waits for the main stream but for the token at its end. With a horizon of L that is one answer a token. `sync` runs the scorer
+    on the main stream, before block i.
+
+    Graphs of the main stream run one after the other and leave nothing in their pool, so they share one, in any order of replay.
+    The scorer's run beside them: another pool. A graph is captured on the stream that it is for, since cuBLAS keeps a workspace for
+    each stream. On the CPU, streams and events do nothing, and functions are called where a GPU replays their graphs.
+    """
+
+    def __init__(self, model, size):
+        c, weight = model.config, model.embed.weight
+        device, cuda = weight.device, weight.is_cuda
+        self.model, self.L, self.backend = model, c.n_layer, torch.cuda if cuda else torch.cpu
+        self.main, self.side = self.backend.Stream(), self.backend.Stream()
+        self.ready, self.answered, self.done = (self.backend.Event() for _ in range(3))
+        self.pools = [torch.cuda.graph_pool_handle() for _ in range(2)] if cuda else None
+        self.size, self.graphs = bucket_of(size), {}
+        self.cache = KVCache(model, 1, self.size)
+        new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, dtype=dtype, device=device)
+        pinned = lambda t: torch.zeros(t.shape, dtype=t.dtype, pin_memory=cuda)
+        self.token, self.position = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
+        self.x, self.rope = [new(1, c.n_embd), new(1, c.n_embd)], [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
+        self.where = new(1, 2, dtype=torch.float32)
+        self.tables = [*model.rope(0, c.block_size), Scorer.positions(0, c.block_size, device)]
+        self.slots, self.mask = torch.arange(self.size, device=device), new(1, 1, 1, self.size)
+        self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
+        self.logits = new(c.vocab_size, dtype=torch.float32)
+        self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
+        if cuda:  # static shapes: a compilation for each state and bucket, kept on disk by PyTorch
+            torch._dynamo.config.recompile_limit = 256
+        self.compiled = torch.compile(Block.forward, dynamic=False, fullgraph=True) if cuda else None
+        self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
+
+    # What the graphs do
+
+    def run_embed(self):
+        self.position.add_(1)
+        torch.index_select(self.model.embed.weight, 0, self.token, out=self.x[0])
+        for table, here in zip(self.tables, (*self.rope, self.where)):
+            torch.index_select(table, 0, self.position, out=here)
+        self.mask.zero_().masked_fill_(self.slots > self.position, float("-inf"))
+
+    def run_block(self, i, s, size, scale):
+        bucket = Bucket(self.cache.k[i], self.cache.v[i], self.position, self.mask, size)
+        self.x[1 - i % 2].copy_(self.forward(self.model.blocks[i], self.x[i % 2], 1, [(s, None)], scale, self.rope, bucket))
+
+    def forward(self, block, x, B, groups, *rest):
+        """Block.forward. On a GPU by torch.compile, which merges the small operators between the products, or as it is where that
+        fails. Not skips: each a_i would be a compilation of its own."""
+        if self.compiled and groups[0][0]:
+            try:
+                return self.compiled(block, x, B, groups, *rest)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
+                self.compiled = None
+                CHOSEN["block"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
+                print(f"blocks run slower than they could, {CHOSEN['block']}", file=sys.stderr)
+        return Block.forward(block, x, B, groups, *rest)
+
+    def run_scorer(self, scorer, i, blocks):
+        q = scorer(scorer.features(self.x[i % 2][None], self.where), blocks)[0, 0]
+        torch.argmax(torch.addcmul(q, self.mu, self.costs, value=-1), -1, out=self.best[blocks[0] : blocks[-1] + 1])
+
+    def run_head(self):
+        self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
+        torch.argmax(self.logits, 0, keepdim=True, out=self.token)
+
+    def capture(self, f, stream):
+        """f as a graph for a stream: a function that launches it on the current one. f may run any number of times before."""
+        if self.backend is torch.cpu:
+            return f
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            f()  # what a first call does (compile, tune, allocate workspaces) is not allowed in a capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pools[stream is self.side], stream, capture_error_mode="thread_local"):
+            f()
+        return graph.replay
+
+    def graph(self, key, stream, f, *args):
+        if key not in self.graphs:
+            self.graphs[key] = self.capture(lambda: f(*args), stream)
+        return self.graphs[key]
+
+    # What the host does
+
+    def copy(self, to, source):
+        """On the current stream, between the device and pinned memory; the host goes on."""
+        to.copy_(source, non_blocking=True)
+
+    def wait(self):
+        """Let the current stream wait for all that was launched: before it writes the cache, or frees what the engine reads."""
+        for stream in (self.main, self.side):
+            self.backend.current_stream().wait_stream(stream)
+
+    def start(self, policy, length, sync=False):
+        """Go on after a prompt of `length` tokens, which the current stream put into `cache`."""
+        self.policy, self.length, self.sync, self.begun, self.asked, self.price = policy, length, sync, False, None, None
+        self.wait()
+        self.position.fill_(length - 1)
+        self.given, self.routed = policy.given.cpu() if isinstance(policy, Fixed) else None, isinstance(policy, Policy)
+        if self.routed:
+            self.costs.copy_(policy.costs)
+            self.spent = dict(zip(STATE_OF, policy.costs.tolist()))
+        for stream in (self.main, self.side):
+            stream.wait_stream(self.backend.current_stream())
+
+    def known(self, t):
+        """The states that are known before the token at position t runs: a list, all L or the first alone."""
+        if self.policy is None:
+            return [4] * self.L
+        if self.routed:
+            return [4]
+        if isinstance(self.policy, ByPosition):
+            return self.policy.at_positions(torch.tensor([t]))[:, 0].tolist()
+        return (self.given if self.given.dim() == 1 else self.given[:, 0, t]).tolist()
+
+    def begin(self):
+        """Launch the first steps of the token in `token`, which may be known to the device alone."""
+        self.path, self.begun = self.known(self.length), True
+        self.length += 1
+        if self.routed and self.price != self.policy.mu:
+            self.price = self.host_mu[0] = self.policy.mu  # the last copy was read before the last answer came
+            with self.backend.stream(self.main if self.sync else self.side):
+                self.copy(self.mu, self.host_mu)
+        self.embed()
+        self.block(0)
+
+    def block(self, i):
+        """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it."""
+        if self.asked and len(self.path) == i:
+            self.take()
+        blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
+        first = blocks and (self.sync or len(self.path) == i)
+        if blocks:
+            self.ready.record(self.main)  # the input of block i
+        if first:
+            self.ask(i, blocks)
+        if len(self.path) == i:
+            self.take()
+        s = self.path[i]
+        kind = (self.policy.scale[i],) if s == 0 else (bucket_of(self.length),)  # a skip reads no keys
+        size, scale = (self.size, *kind) if s == 0 else (*kind, 1.0)
+        self.graph((i, s, *kind), self.main, self.run_block, i, s, size, scale)()
+        if blocks and not first:  # the block first: its launch must not wait for the scorer's
+            self.ask(i, blocks)
+
+    def ask(self, i, blocks):
+        """Start the scorer on the input of block i, to decide `blocks`."""
+        scorer, self.asked = self.policy.scorer, blocks
+        score = self.graph((scorer, i, self.policy.horizon), self.side, self.run_scorer, scorer, i, blocks)
+        stream = self.main if self.sync else self.side
+        stream.wait_event(self.ready)
+        with self.backend.stream(stream):
+            score()
+            self.copy(self.host_best, self.best)
+            self.answered.record(stream)
+
+    def take(self):
+        """Wait for the scorer's answer and follow the path through it."""
+        self.answered.synchronize()
+        s = INDEX_OF[self.path[-1]]
+        for row in self.host_best[self.asked[0] : self.asked[-1] + 1].tolist():
+            s = row[s]
+            self.path.append(STATE_OF[s])
+        self.asked = None
+        if len(self.path) == self.L and self.policy.tracked:
+            self.policy.follow(sum(self.spent[s] for s in self.path) / self.L)
+
+    @torch.inference_mode()
+    def step(self, token, sample=None, more=False):
+        """Run one token -> the next one, and the states (L, 1) uint8 that made it.
+
+        sample: a function of the logits (vocab,) fp32; None takes the likeliest. Then, with `more`, the token after it is begun
+        before the host knows which it is; the next call must be for that one.
+        """
+        with self.backend.stream(self.main):
+            if not self.begun:
+                self.host_token[0] = token
+                self.copy(self.token, self.host_token)
+                self.begin()
+            for i in range(1, self.L):
+                self.block(i)
+            states, self.begun = torch.tensor(self.path, dtype=torch.uint8)[:, None], False
+            self.head()
+            if sample:
+                return sample(self.logits), states
+            self.copy(self.host_token, self.token)
+            self.done.record(self.main)
+            if more:
+                self.begin()
+            self.done.synchronize()
+            return int(self.host_token), states
+
+
+def engine_for(model, policy, size):
+    """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
+    routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu)
+    if not (policy is None or routed or isinstance(policy, Fixed)):
+        return None
+    if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
+        model.engine = Engine(model, size)
+    return model.engine
+
+
 @torch.inference_mode()
-def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None):
+def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False):
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
     the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
-    its text never ends in half a character. ValueError for an empty prompt or one that leaves no room in the context.
+    its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks. ValueError for an empty
+    prompt or one that leaves no room in the context.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     room = model.config.block_size - len(ids)
@@ -41,29 +291,43 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
     device, L = model.embed.weight.device, model.config.n_layer
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(model, 1, len(ids) + min(max_new_tokens, room))
+    most = min(max_new_tokens, room)
+    engine = engine_for(model, policy, len(ids) + most)
+    if engine:
+        engine.wait()
+        engine.cache.length = 0
+    cache = engine.cache if engine else KVCache(model, 1, len(ids) + most)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ran, new, seconds = [], [], []
-    step = torch.tensor([ids], device=device)
+    step, token = torch.tensor([ids], device=device), None
+
+    def sample(logits):
+        return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
+
     while True:
         began = time.perf_counter()
-        logits = model.logits(model.hidden(step, policy, cache)[:, -1])[0]
-        if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
+        if engine and new:
+            token, states = engine.step(token, sample if temperature > 0 else None, more=len(new) + 1 < most)
+            seconds.append(time.perf_counter() - began)
         else:
-            token = int(logits.argmax())
-        seconds.append(time.perf_counter() - began)
-        states = torch.full((L, step.shape[1]), 4, dtype=torch.uint8) if policy is None else policy.states[:, 0].cpu()
+            logits = model.logits(model.hidden(step, policy, cache)[:, -1])[0]
+            token = sample(logits) if temperature > 0 else int(logits.argmax())
+            seconds.append(time.perf_counter() - began)
+            states = torch.full((L, step.shape[1]), 4, dtype=torch.uint8) if policy is None else policy.states[:, 0].cpu()
+            if engine:
+                engine.start(policy, len(ids), sync)
         ran.append(states)
         if token in tokenizer.eos:
             break
         new.append(token)
-        last = len(new) == min(max_new_tokens, room)
+        last = len(new) == most
         if on_token:
             on_token(token, decoder.decode(tokenizer.decode_bytes([token]), final=last), states[:, -1])
         if last:
             break
         step = torch.tensor([[token]], device=device)
+    if engine:
+        engine.wait()
     step_s = statistics.median(seconds[1:] or seconds)
     return {"text": tokenizer.decode(new), "tokens": new, "prompt_tokens": len(ids), "states": torch.cat(ran, 1),
             "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(L, 0, dtype=torch.uint8),
@@ -112,6 +376,7 @@ def arguments():
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
+    p.add_argument("--sync", action="store_true", help="on a GPU: decide on the stream that runs the blocks, not beside it")
     p.add_argument("--show-states", action="store_true", help="colour tokens by cost and draw the path of each")
     p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return p.parse_args()
@@ -135,7 +400,7 @@ def main():
         print(paint(text, nearest_state(mean_cost(states, costs)), color and args.show_states), end="", flush=True)
 
     print(paint(args.prompt, 0, color), end="\n" if args.chat else "", flush=True)
-    options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat)
+    options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
     out = generate(model, tokenizer, args.prompt, policy, args.max_new_tokens, on_token=stream, **options)
     print()
     if args.show_states:

@@ -37,7 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import Int8Weight, RoutedLinear, quantize_int8, unpack_nibbles
+from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8, unpack_nibbles
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,6 +149,13 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.length = 0
 
+    def store(self, k, v, i):
+        """Append keys and values (B, T, n_kv_head, D) of block i; returns all that may be attended to. (`hidden` moves `length` on.)"""
+        end = self.length + k.shape[1]
+        self.k[i, :, self.length : end] = k
+        self.v[i, :, self.length : end] = v
+        return self.k[i, :, :end], self.v[i, :, :end]
+
 
 def by_state(state):
     """(B, T) states -> [(s, rows)], rows indexing the flattened tokens; rows is None where one state covers all."""
@@ -191,21 +198,15 @@ class Block(nn.Module):
     def project(self, x, s):
         return self.qkv(x, s) if s else F.pad(self.qkv.fill(x), (self.q_size, 0))
 
-    def store(self, k, v, cache, i):
-        """Write new keys and values (B, T, n_kv_head, D) into the cache; returns all that may be attended to."""
-        if cache is None:
-            return k, v
-        end = cache.length + k.shape[1]
-        cache.k[i, :, cache.length : end] = k
-        cache.v[i, :, cache.length : end] = v
-        return cache.k[i, :, :end], cache.v[i, :, :end]
+    def attend(self, q, k, v, mask=None):
+        """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, C).
 
-    def attend(self, q, k, v):
-        """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, C)."""
+        mask: what to add to the scores of one token's S keys (1, 1, 1, S), for a cache that is read beyond its length.
+        """
         B, T, H, D = q.shape
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if T == 1:  # no mask, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
-            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v)
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, mask)
         else:
             mask = None if T == k.shape[2] else torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
@@ -219,20 +220,21 @@ class Block(nn.Module):
         """Run block i with every token in its state.
 
         x (B * T, C) rows; groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
-        positions; cache: KVCache or None, i: which of its layers is ours. Returns (B * T, C).
+        positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours. Returns (B * T, C).
         """
         c, h = self.c, self.norm1(x)
         if groups[0] == (0, None):  # everybody skips: only keys and values, and only if somebody may ask for them
             if cache is not None:
                 k, v = self.qkv.fill(h).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
-                self.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, cache, i)
+                cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
             return scale * x
         qkv = run(groups, self.project, h, self.q_size + 2 * self.kv_size).view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
         if c.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :, : c.n_head]), self.k_norm(qk[:, :, c.n_head :])], dim=2)
         qk = rotate(qk, rope)
-        y = self.attend(qk[:, :, : c.n_head], *self.store(qk[:, :, c.n_head :], v, cache, i))
+        k = qk[:, :, c.n_head :]
+        y = self.attend(qk[:, :, : c.n_head], *(cache.store(k, v, i) if cache else (k, v)))
 
         executed = [group for group in groups if group[0]]
         h = x + run(executed, self.o, y, x.shape[1])
@@ -253,7 +255,7 @@ class LLM(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        self.quantized, self.rope_table, self.head_int8 = False, None, None
+        self.quantized, self.rope_table, self.head_int8, self.engine = False, None, None, None
 
     @torch.inference_mode(False)
     def quantize(self, real=False, int4=None):
@@ -268,7 +270,7 @@ class LLM(nn.Module):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
         self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype) if real else None
-        self.quantized, self.int4 = True, int4
+        self.quantized, self.int4, self.engine = True, int4, None  # infer.Engine captured graphs over the old weights
 
     def codes_file(self, name):
         """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
@@ -498,6 +500,8 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
             folder = fetch_from_hub(name)
         config, tensors, tokenizer = read_hf(folder)
         source = f"safetensors of {name}"
+    if dtype == torch.bfloat16:
+        check_gpu(config, device, plain=True)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
     with torch.device("meta"):
@@ -508,6 +512,24 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
         model.head.weight = model.embed.weight
     model.name, model.weights = str(name), source
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def check_gpu(c, device, plain=False):
+    """ValueError when the device is a GPU that cannot decode a model of this configuration: it has no bf16, or no room for the weights in
+    bf16, INT8, INT4 and an INT8 head (`plain`: in bf16 alone). 7B take 24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values."""
+    if torch.device(device).type != "cuda":
+        return
+    name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
+    kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
+    linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
+    bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
+    need = bf16 if plain else bf16 + linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low + head
+    if need > free:
+        other = f"in bf16 alone (--full) they take {bf16 / 1e9:.1f} GB; " if bf16 < free and not plain else ""
+        raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"
+                         f"a model of {free / need * linears / 1e9:.1f} billion parameters would fit, and --device cpu needs no GPU")
 
 
 def load_trained(path, device, dtype):

@@ -135,14 +135,19 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.third.weight)
         self.eval()
 
+    @staticmethod
+    def positions(start, T, device):
+        """The two features of the positions start..start+T-1: (T, 2) fp32."""
+        return torch.tensor([[float(t == 0), 1 / (1 + t)] for t in range(start, start + T)], device=device)
+
     def features(self, h, start):
-        """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32."""
+        """h (B, T, d) hidden states at positions start.. -> (B, T, d + 2) fp32. `start` may be a row of `positions` instead of a number."""
         B, T, d = h.shape
         x = h.float()
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).add_(1e-6)
         # (x / rms - mean) / std in one operator: a decision of one token is all operators, hardly any arithmetic
         x = torch.addcdiv(self.mean / -self.std, x, self.std * norm, value=math.sqrt(d)).clamp_(-self.CLAMP, self.CLAMP)
-        position = torch.tensor([[float(t == 0), 1 / (1 + t)] for t in range(start, start + T)], device=h.device)
+        position = start if torch.is_tensor(start) else self.positions(start, T, h.device)
         return torch.cat([x, position.expand(B, T, 2)], dim=-1)
 
     def log_damage(self, features, blocks):
@@ -306,14 +311,15 @@ class Policy:
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
         return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
 
-    def follow(self):
-        """After a decoded token: aim the next price at the goal less a share of what this text's tokens have overspent (ours).
+    def follow(self, spent):
+        """After a decoded token, whose blocks cost `spent` in the mean: aim the next price at the goal less a share of what this text's
+        tokens have overspent (ours).
 
         An integral controller over the calibrated prices: a bias of the text is paid back within about `PATIENCE` tokens.
         """
         L, overhead = len(self.scale), self.settings.get("overhead", (0.0, 0.0))
         goal = goal_cost(self.tracked, L, overhead)
-        self.owed += mean_cost(self.states, self.costs) - goal
+        self.owed += spent - goal
         aim = max(goal - self.owed / self.PATIENCE, 0.01)
         self.mu = self.price((4 * L + overhead[0]) / (L * aim + overhead[1]))
 
@@ -339,7 +345,7 @@ class Policy:
         table = self.scorer(self.scorer.features(x, start), blocks)
         self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, self.states[blocks[0] - 1])
         if self.tracked and x.shape[1] == 1 and start and blocks[-1] == len(self.scale) - 1:
-            self.follow()
+            self.follow(mean_cost(self.states, self.costs))
 
     def choose(self, table, before):
         """The states of consecutive blocks: priced and chosen for every s at once (Eq 18; Eq 11 if tau is set), then looked up.
@@ -533,6 +539,9 @@ def command_line(main):
         main()
     except (ValueError, OSError) as e:
         sys.exit(fail(" ".join(str(e).split())))
+    except torch.OutOfMemoryError:
+        sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
+                      "--samples, a shorter --prompt, or --device cpu"))
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept")
         sys.exit(130)
@@ -551,6 +560,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
+        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
     return device

@@ -14,13 +14,16 @@ Three things are kept apart on purpose:
                fake path (any dtype) and to the kernels (which want scales in the activations' type, bf16).
     fake       `fake_quantize`: the dequantised weight, with a straight-through gradient; a plain matrix product.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
-               is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; every other case takes the path
-               named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
+               is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; on a GPU in bf16, for one row, the
+               fastest of `ROW_KERNELS` for the shape, by measurement; every other case takes the path named
+               "reference": dequantise, then multiply. `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
 that are ours").
 """
+
+import functools
 
 import torch
 import torch.nn as nn
@@ -153,8 +156,8 @@ class Int8Weight:
     """INT8 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so such a width
-    takes "reference", as does any other dtype or device. For many rows (a prompt) "int8pack" multiplies by the codes
-    in bf16 and scales the output: its matrix product is worth the detour.
+    takes "reference", as does any other dtype. For many rows (a prompt) "int8pack" and the GPU's kernels multiply by the codes
+    in bf16 and scale the output: a matrix product is worth the detour.
     """
 
     def __init__(self, codes, scale, dtype):
@@ -162,16 +165,21 @@ class Int8Weight:
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
         self.kernel = "int8pack" if on_cpu and K % 16 == 0 else "reference"
         self.codes, self.scale = codes, scale.to(dtype)
+        if codes.is_cuda and dtype == torch.bfloat16:
+            layouts = dict.fromkeys(("int8 compiled", "int8 aten"), self.tensors)
+            self.kernel = choose((8, *codes.shape), layouts, lambda x: F.linear(x, dequantize_int8(codes, scale)), codes.device)
 
     def tensors(self):
         return [self.codes, self.scale]
 
     def __call__(self, x):
+        if self.kernel == "int8pack" and len(x) < MANY:
+            return torch._weight_int8pack_mm(x, self.codes, self.scale)
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
-        if len(x) >= MANY:
+        if len(x) > 1:
             return F.linear(x, self.codes.to(x.dtype)) * self.scale  # codes are exact in bf16; scaling the output is cheaper
-        return torch._weight_int8pack_mm(x, self.codes, self.scale)
+        return row_product(self.kernel, x, self.tensors(), len(self.codes))
 
 
 def pack_nibbles(codes):
@@ -188,29 +196,131 @@ def unpack_nibbles(packed, K):
 class Int4Weight:
     """INT4 codes, two to a byte, and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
-    kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. Any
-    other shape, dtype or device takes "reference".
+    kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 aten" and
+    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", whose
+    layout is that of "int4 compiled".
     """
 
     def __init__(self, codes, scale, zero, dtype):
         N, K = codes.shape
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
+        self.N, self.width = N, K
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
-        if self.kernel == "int4pack":
-            self.codes = torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
-            self.scale_zero = torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
-        else:
-            self.codes = pack_nibbles(codes)
-            self.scale_zero = torch.stack([scale, zero]).to(dtype)
-            self.width = K
+        interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
+        layouts = {
+            "int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
+            "int4 aten": lambda: [torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8), interleaved()],
+            "int4 compiled": lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]}
+        if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
+            candidates = {name: layouts[name] for name in ("int4 compiled", "int4 aten")}
+            self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
+        self.codes, self.scale_zero = layouts["int4 compiled" if self.kernel == "reference" else self.kernel]()
 
     def tensors(self):
         return [self.codes, self.scale_zero]
 
     def __call__(self, x):
-        if self.kernel == "reference":
-            return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
-        return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
+        if self.kernel == "int4pack":
+            return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
+        if self.kernel == "int4 aten" or self.kernel == "int4 compiled" and len(x) == 1:
+            return row_product(self.kernel, x, self.tensors(), self.N)
+        return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One row on a GPU: every byte of the weights is read once, so the kernel that reads fastest wins
+
+
+def bf16_row(x, weight):
+    """x (1, K), weight (N, K) -> x W^T (1, N). Written as one reduction, which torch.compile turns into one kernel."""
+    return (weight.float() * x.float()).sum(-1).to(x.dtype)[None]
+
+
+def int8_row(x, codes, scale):
+    """As `bf16_row` with codes (N, K) int8 and scale (N,)."""
+    return ((codes.float() * x.float()).sum(-1) * scale.float()).to(x.dtype)[None]
+
+
+def int4_row(x, packed, scale_zero):
+    """As `bf16_row` with packed (N, K / 2) of `pack_nibbles` and scale_zero (2, N, K / GROUP)."""
+    even, odd = x.float().view(-1, GROUP // 2, 2).unbind(-1)  # (groups, bytes)
+    packed, (scale, zero) = packed.view(len(packed), -1, GROUP // 2), scale_zero.float()[..., None]
+    low, high = (packed & 15).float() - 8, (packed >> 4).float() - 8
+    return ((low * scale + zero) * even + (high * scale + zero) * odd).sum((1, 2)).to(x.dtype)[None]
+
+
+ROW_KERNELS = {
+    "bf16 cublas": F.linear, "bf16 compiled": bf16_row, "int8 aten": torch._weight_int8pack_mm, "int8 compiled": int8_row,
+    "int4 aten": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero), "int4 compiled": int4_row}
+CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}
+
+
+@functools.cache
+def row_kernel(name):
+    if not name.endswith("compiled"):
+        return ROW_KERNELS[name]
+    torch._dynamo.config.recompile_limit = 256  # a compilation a shape
+    return torch.compile(ROW_KERNELS[name], dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
+
+
+@torch.library.custom_op("dash::row_product", mutates_args=())
+def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
+    """x (n, K) -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it
+    alone: inlined, what comes before it would be computed again for every row of the weight."""
+    return row_kernel(name)(x, *tensors)
+
+
+@row_product.register_fake
+def _(name, x, tensors, N):
+    return x.new_empty(len(x), N)
+
+
+def gpu_microseconds(name, x, tensors, N):
+    """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or more."""
+    copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(63, 2**28 // sum(t.nbytes for t in tensors) + 1))]
+    graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for copy in copies:
+            row_product(name, x, copy, N)
+    graph.replay()
+    began.record()
+    for _ in range(3):
+        graph.replay()
+    ended.record()
+    ended.synchronize()
+    return 1000 * began.elapsed_time(ended) / (3 * len(copies))
+
+
+def choose(key, layouts, reference, device, clock=gpu_microseconds):
+    """The fastest kernel for a weight, measured once per key (bits, N, K) and kept in CHOSEN: its name.
+
+    layouts: {name of ROW_KERNELS: function giving the weight's tensors in its layout}; reference: x (1, K) -> (1, N), in fp32.
+    A kernel that raises, or is further off than bf16 rounding, is left out; without any the choice is "reference".
+    """
+    if key not in CHOSEN:
+        x = torch.randn(1, key[2], device=device).bfloat16()
+        want, found, times = reference(x.float()), {}, {}
+        for name, layout in layouts.items():
+            try:
+                tensors = layout()
+                off = float((row_product(name, x, tensors, key[1]) - want).abs().max() / want.abs().max())
+                if off < 0.02:
+                    times[name] = clock(name, x, tensors, key[1])
+                found[name] = times.get(name, f"wrong by {off:.2g}")
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # whatever compilers and operators raise for shapes or machines that they do not serve
+                found[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+        CHOSEN[key] = found | {"kernel": min(times, key=times.get, default="reference")}
+    return CHOSEN[key]["kernel"]
+
+
+def linear_by_row(x, weight, bias=None):
+    """F.linear, with one row computed by "bf16 compiled"."""
+    if len(x) > 1:
+        return F.linear(x, weight, bias)
+    y = row_product("bf16 compiled", x, [weight], len(weight))
+    return y if bias is None else y + bias
 
 
 class FakeWeight:
@@ -239,10 +349,11 @@ class RoutedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
         self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
+        self.linear = F.linear  # for state 4; on a GPU perhaps `linear_by_row`
 
     def forward(self, x, state=4):
         if state == 4:
-            return F.linear(x, self.weight, self.bias)
+            return self.linear(x, self.weight, self.bias)
         y = self.low[state](x)
         return y if self.bias is None else y + self.bias
 
@@ -265,6 +376,10 @@ class RoutedLinear(nn.Module):
             self.low = {1: Int4Weight(*int4, dtype), 2: Int8Weight(*int8, dtype)}
             if fill_from is not None:
                 self.low["fill"] = Int4Weight(*(t[fill_from:] for t in int4), dtype)
+            if self.weight.is_cuda and dtype == torch.bfloat16:
+                layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
+                chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
+                self.linear = linear_by_row if chosen == "bf16 compiled" else F.linear
         else:
             dense = dequantize_int4(*int4).to(dtype)
             self.low = {1: FakeWeight(dense), 2: FakeWeight(dequantize_int8(*int8).to(dtype))}

@@ -1,0 +1,331 @@
+"""The GPU engine on the CPU, direct calls for its graphs: the same tokens, states and logits as the eager path, in any legal order."""
+
+import json
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+import quant
+from conftest import script, tiny_folder
+from infer import Engine, bucket_of, generate
+from model import check_gpu, load
+from policy import ByPosition, Fixed, bit_costs, random_states
+from test_routing import random_policy
+
+PROMPT = torch.randint(300, (110,), generator=torch.Generator().manual_seed(0)).tolist()  # ends 18 tokens before a bucket does
+
+
+class Streams:
+    """A GPU as the CUDA rules allow it to be at its worst: work waits in its stream until somebody must wait for it, and then
+    streams take turns at random, held back only by the events that they were told to wait for."""
+
+    def __init__(self, seed):
+        fake, self.random, self.all, self.now = self, random.Random(seed), [], None
+
+        class Event:
+            def record(self, stream):
+                self.ticket = []  # filled once the stream has got here
+                stream.work.append(lambda ticket=self.ticket: ticket.append(True))
+
+            def synchronize(self):
+                fake.run_until(self.ticket)
+
+        class Stream:
+            def __init__(self):
+                self.work = []
+                fake.all.append(self)
+
+            def wait_event(self, event):
+                self.work.append(event.ticket)
+
+            def wait_stream(self, other):
+                event = Event()
+                event.record(other)
+                self.wait_event(event)
+                if self is fake.default:  # the host's own calls are not queued
+                    fake.run_until(event.ticket)
+
+        self.Event, self.Stream = Event, Stream
+        self.default = self.now = Stream()
+
+    def run_until(self, ticket):
+        while not ticket:
+            ready = [s for s in self.all if s.work and (callable(s.work[0]) or s.work[0])]
+            work = self.random.choice(ready).work.pop(0)  # an IndexError here is a deadlock
+            if callable(work):
+                work()
+
+    def current_stream(self):
+        return self.now
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+
+class Shuffled(Engine):
+    """An engine whose launches and copies happen when `Streams` lets them."""
+
+    def __init__(self, model, size, seed):
+        super().__init__(model, size)
+        self.backend = fake = Streams(seed)
+        self.main, self.side = fake.Stream(), fake.Stream()
+        self.ready, self.answered, self.done = fake.Event(), fake.Event(), fake.Event()
+        self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
+
+    def capture(self, f, stream):
+        return f if isinstance(self.backend, type(torch)) else lambda: self.backend.now.work.append(f)
+
+    def copy(self, to, source):
+        self.backend.now.work.append(lambda: to.copy_(source))
+
+
+def compare(model, policy, engine, tokens=24, eos=(), **options):
+    """The eager path and the engine: the same ids and states; returns what the engine made."""
+    tokenizer = SimpleNamespace(**vars(bench.IDS) | {"eos": eos})
+    model.engine = None
+    want = generate(model, tokenizer, PROMPT, policy, tokens, **options)
+    model.engine = engine
+    got = generate(model, tokenizer, PROMPT, policy, tokens, **options)
+    model.engine = None
+    assert got["tokens"] == want["tokens"] and torch.equal(got["states"], want["states"])
+    assert torch.equal(got["token_states"], want["token_states"])
+    return got
+
+
+@pytest.mark.parametrize("kind, change, horizon", [("llama", {}, 1), ("llama", {}, 2), ("qwen2", {"num_key_value_heads": 1}, 6),
+                                                   ("qwen3", {"tie_word_embeddings": False}, 1)])
+@torch.no_grad()
+def test_engine_equals_eager_decoding(tmp_path, kind, change, horizon):
+    """Greedy and sampled, over a bucket's end, async and sync, under a policy, random states, a plan by position, and none."""
+    tiny_folder(tmp_path, kind, layers=6, **change)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+    engine, seen = Engine(model, 300), set()
+    for seed in range(2):
+        policy = random_policy(model, seed, horizon)
+        for sync in (False, True):
+            out = compare(model, policy, engine, sync=sync)
+            seen |= set(out["states"].flatten().tolist())
+        compare(model, policy, engine, temperature=1.0, seed=seed)
+    assert seen == {0, 1, 2, 4} and {k[-1] for k in engine.graphs if k[1] in (1, 2, 4)} >= {128, 256}
+    states = random_states((6, 1, 300), 1.2, bit_costs(model.config), torch.Generator().manual_seed(1))
+    for fixed in (None, Fixed([4, 0, 1, 2, 4, 1], policy.scale), Fixed(states, policy.scale),
+                  ByPosition(torch.rand(11, 6, 4), bit_costs(model.config), 0.2)):
+        compare(model, fixed, engine)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 6])
+@torch.no_grad()
+def test_any_order_that_streams_allow_gives_the_same(tmp_path, horizon):
+    tiny_folder(tmp_path, layers=6)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+    for seed in range(4):
+        engine = Shuffled(model, 200, seed)
+        for sync in (False, True):
+            out = compare(model, random_policy(model, seed, horizon), engine, sync=sync)
+        compare(model, random_policy(model, seed, horizon), engine, eos=out["tokens"][3:4])  # ends with the next token begun
+        compare(model, random_policy(model, seed + 1, horizon), engine, 10)
+
+
+@torch.no_grad()
+def test_the_shuffle_finds_a_race(tmp_path):
+    """The test above can fail: without the scorer waiting for its input, or with one row for a block's input and output."""
+    tiny_folder(tmp_path, layers=6)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+
+    class NoWait(Shuffled):
+        def ask(self, i, blocks):
+            self.side.wait_event = lambda event: None
+            super().ask(i, blocks)
+
+    class OneRow(Shuffled):
+        def run_block(self, i, *rest):
+            super().run_block(i, *rest)
+            self.x[i % 2].copy_(self.x[1 - i % 2])
+
+    for Wrong in (NoWait, OneRow):
+        with pytest.raises(AssertionError):
+            for seed in range(6):
+                compare(model, random_policy(model, seed, 1), Wrong(model, 200, seed))
+
+
+@torch.no_grad()
+def test_logits_of_the_engine(tiny):
+    """Step by step over the end of a bucket: every logit, next to a parallel pass over the same tokens and states."""
+    model, _ = load(str(tiny))
+    model.quantize()
+    policy, engine, rows = random_policy(model, 3, 2), Engine(model, 300), []
+    tokens = torch.randint(0, 300, (1, 140))
+    with torch.inference_mode():
+        model.hidden(tokens[:, :100], policy, engine.cache)
+        states = [policy.states[:, 0]]
+        engine.start(policy, 100)
+        for t in range(100, 140):
+            nxt, path = engine.step(int(tokens[0, t]), lambda logits: rows.append(logits.clone()) or 0)
+            states.append(path)
+    want = model(tokens, Fixed(torch.cat(states, 1)[:, None], policy.scale))[0, 100:]
+    assert (torch.stack(rows) - want).abs().max() < 2e-3 * want.abs().max()
+
+
+@torch.no_grad()
+def test_a_tracking_price_follows_in_the_engine(tiny):
+    model, _ = load(str(tiny))
+    model.quantize()
+    for horizon in (1, 4):
+        policy = random_policy(model, 5, horizon, spread=0.5)
+        policy.prices = [(1.2, 0.0), (1.5, 0.1), (2.0, 0.3), (3.0, 0.8), (4.0, 2.0)]
+        compare(model, policy.at(2.0, track=True), Shuffled(model, 200, 0), 40)
+        assert policy.mu != policy.price(2.0)
+
+
+@torch.no_grad()
+def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeypatch):
+    model, _ = load(str(tiny))
+    model.quantize()
+    monkeypatch.setattr(quant, "CHOSEN", found := {})
+    monkeypatch.setattr("infer.CHOSEN", found)
+    engine = Engine(model, 200)
+    engine.compiled = lambda *args: args.no_such_thing
+    compare(model, random_policy(model, 0), engine)
+    assert "no_such_thing" in found["block"] and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_buckets():
+    assert [bucket_of(n) for n in (1, 128, 129, 512, 513, 1024, 1025, 4096)] == [128, 128, 256, 512, 640, 1024, 1280, 4096]
+    for n in range(1, 5000):
+        assert 0 <= bucket_of(n) - n <= max(127, n / 4) and bucket_of(bucket_of(n)) == bucket_of(n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kernels for one row, and `bench.py speed --suite gpu`
+
+
+@pytest.mark.parametrize("N, K, compiled", [(64, 128, False), (33, 64, False), (96, 320, False), (33, 320, True)])
+def test_row_kernels_against_the_reference(N, K, compiled):
+    """What torch.compile gets, as it is and compiled (here for the CPU)."""
+    torch.manual_seed(0)
+    w, x = torch.randn(N, K).bfloat16().float(), torch.randn(1, K).bfloat16()
+    codes, scale, zero = quant.quantize_int4(w)
+    cases = {"bf16 compiled": ([w.bfloat16()], w),
+             "int8 compiled": ([t if t.dtype == torch.int8 else t.bfloat16() for t in quant.quantize_int8(w)],
+                               quant.dequantize_int8(*quant.quantize_int8(w))),
+             "int4 compiled": ([quant.pack_nibbles(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
+    for name, (tensors, dense) in cases.items():
+        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](x, *tensors)
+        want = x.float() @ dense.T
+        assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
+    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
+    torch.manual_seed(0)
+    w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
+    int8, int4 = quant.Int8Weight(*quant.quantize_int8(w), torch.bfloat16), quant.Int4Weight(*quant.quantize_int4(w), torch.float32)
+    int4.scale_zero = int4.scale_zero.bfloat16()
+    int8.kernel, int4.kernel = "int8 compiled", "int4 compiled"
+    for weight, dense in ((int8, quant.dequantize_int8(*quant.quantize_int8(w))), (int4, quant.dequantize_int4(*quant.quantize_int4(w)))):
+        for rows in (1, 5):
+            want = x[:rows].float() @ dense.T
+            assert (weight(x[:rows]) - want).abs().max() < 0.02 * want.abs().max()
+    bias = torch.randn(48).bfloat16()
+    for rows in (1, 5):
+        got, want = quant.linear_by_row(x[:rows], w.bfloat16(), bias), torch.nn.functional.linear(x[:rows], w.bfloat16(), bias)
+        assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_the_fastest_right_kernel_is_chosen_and_recorded(monkeypatch):
+    w = torch.randn(16, 64)
+    kernels = {"slow": torch.nn.functional.linear, "fast": torch.nn.functional.linear, "wrong": lambda x, w: x @ w.T + 1,
+               "broken": lambda x, w: x.no_such_thing, "nan": lambda x, w: x @ w.T * float("nan")}
+    times = {"slow": 9.0, "fast": 3.0, "wrong": 1.0, "broken": 1.0, "nan": 1.0}
+    monkeypatch.setattr(quant, "ROW_KERNELS", kernels)
+    monkeypatch.setattr(quant, "CHOSEN", {})
+    measured, layouts = [], dict.fromkeys(kernels, lambda: [w.bfloat16()])
+    for _ in range(2):  # measured once
+        assert quant.choose((16, 16, 64), layouts, lambda x: x @ w.T, "cpu", lambda name, *_: measured.append(name) or times[name]) == "fast"
+    assert measured == ["slow", "fast"]
+    found = quant.CHOSEN[16, 16, 64]
+    assert found["fast"] == 3.0 and "wrong by" in found["wrong"] and "no_such_thing" in found["broken"] and "wrong by nan" in found["nan"]
+    assert quant.choose((16, 16, 64, "other"), {"broken": layouts["broken"]}, lambda x: x @ w.T, "cpu") == "reference"
+
+
+def test_speed_of_a_shape_end_to_end():
+    """The function behind --suite gpu on a tiny shape: the engine on the CPU, direct calls for graphs."""
+    config = replace(bench.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
+    r = bench.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
+    table = bench.gpu_table([r, r])
+    assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
+    assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured"))
+    assert r["ms"]["transformers"] > 0 and len({*map(len, table.splitlines())}) == 1
+    json.dumps(r)
+
+
+def test_timeline(tmp_path):
+    events = [("stream 7", "gemv", 0.0, 1.0), ("stream 13", "scorer", 0.1, 0.2), ("host", "cudaEventSynchronize", 0.1, 0.3)]
+    bench.timeline(tmp_path / "t.png", events, "one token")
+    assert (tmp_path / "t.png").stat().st_size > 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_suite_says_so(tmp_path):
+    done = script("bench.py", "speed", "--suite", "gpu", "--results", tmp_path)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("capability, free, says", [((7, 5), 80, "no bf16"), ((9, 0), 20, "--full"), ((9, 0), 4, "billion parameters would fit")])
+def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free * 10**9, 80 * 10**9))
+    with pytest.raises(ValueError, match=says):
+        check_gpu(bench.SHAPES["LLaMA-2-7B"], "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
+    for config in bench.SHAPES.values():
+        check_gpu(config, "cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu(tmp_path):
+    """Every kernel that was chosen is right, captured graphs give the eager CPU path's logits to bf16 accuracy, async equals sync."""
+    tiny_folder(tmp_path, layers=6, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    cpu, _ = load(str(tmp_path))
+    gpu, _ = load(str(tmp_path), "cuda", torch.bfloat16)
+    cpu.quantize()
+    gpu.quantize(real=True)
+    assert all(any(isinstance(t, float) for t in found.values()) for found in quant.CHOSEN.values()), quant.CHOSEN
+    for horizon in (1, 2, 6):
+        for seed in range(3):
+            policy = random_policy(cpu, seed, horizon).to("cuda")
+            outs = [generate(gpu, bench.IDS, PROMPT, policy, 150, sync=sync) for sync in (False, True, False)]
+            for out in outs[1:]:
+                assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
+            fixed, rows = Fixed(outs[0]["states"][:, None], policy.scale), []
+            ids = torch.tensor([PROMPT + outs[0]["tokens"]])[:, : outs[0]["states"].shape[1]]
+            start = outs[0]["prompt_tokens"]
+            with torch.inference_mode():
+                engine = gpu.engine
+                engine.wait()
+                engine.cache.length = 0
+                gpu.hidden(ids[:, :start].cuda(), fixed, engine.cache)
+                engine.start(fixed, start)
+                for t in range(start, ids.shape[1]):
+                    engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
+            want = cpu(ids, fixed)[0, start:]
+            assert (torch.stack(rows) - want).abs().max() < 0.1 * want.abs().max()
