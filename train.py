@@ -616,9 +616,10 @@ def up_to(tokens, examples):
 def learn_from_labels(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     """3b: labels, fit. Returns the mean damage (L, 4) and the damage by position (11, L, 4): at t = 0, 1, 2-3, 4-7, ..."""
     labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint.seed, checkpoint)
-    # a skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL
+    # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. For items take that
+    # mean for every token: an unlikely answer has no slope, and yet skips on its tokens can make it the likeliest.
     skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
-    labels[..., 0] *= skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    labels[..., 0] = skip if few[0].choices else labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table = mean.repeat(POSITIONS, 1, 1)
