@@ -50,13 +50,13 @@ def tiny_tokenizer(folder, vocab_size=300):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": template}))
 
 
-def tiny_folder(folder, kind="llama", layers=4, shards=False, **change):
-    """A tiny random model made by transformers: the reference for parity, and fast enough for command-line tests."""
+def tiny_folder(folder, kind="llama", layers=4, shards=False, stored=torch.float32, **change):
+    """A tiny random model made by transformers, stored in a dtype: the reference for parity, and fast enough for command-line tests."""
     import transformers
 
     config = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15)
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     config = getattr(transformers, name + "Config")(**(config | change))
     torch.manual_seed(0)
     model = getattr(transformers, name + "ForCausalLM")(config).eval()
@@ -64,9 +64,9 @@ def tiny_folder(folder, kind="llama", layers=4, shards=False, **change):
         for parameter_name, p in model.named_parameters():  # biases and norms are born 0 and 1: make them matter
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn_like(p))
-    model.save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
+    model.to(stored).save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
     tiny_tokenizer(Path(folder))
-    return model
+    return model.float()
 
 
 @pytest.fixture(scope="session")
