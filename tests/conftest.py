@@ -1,6 +1,8 @@
 """Shared models: the real one, fetched once, and tiny random ones in Hugging Face layout for everything that need not be real."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -91,3 +93,41 @@ def script(name, *args, env=None, cwd=None, timeout=300):
     env = ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (env or {})
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True,
                           timeout=timeout, env=os.environ | env, cwd=cwd)
+
+
+# Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+def _forked(name, args, env, cwd, output):
+    from policy import command_line
+
+    for fd, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [str(ROOT / f"{name}.py"), *args]
+    command_line(importlib.import_module(name).main)
+
+
+def start(name, *args, env=None, cwd="."):
+    """Run a script in a fork -> (its process, the path that its output begins with: .out and .err)."""
+    output = tempfile.mktemp(dir=CACHE)
+    env = {"XDG_CACHE_HOME": CACHE, "HF_HUB_OFFLINE": "1"} | (env or {})
+    process = FORKS.Process(target=_forked, args=(name.removesuffix(".py"), [str(a) for a in args], env, str(cwd), output), daemon=True)
+    process.start()
+    return process, Path(output)
+
+
+def ended(process, output, timeout=120):
+    """Wait for what `start` began -> the finished process as `script` gives it."""
+    process.join(timeout)
+    assert process.exitcode is not None, "it does not end"
+    text = [Path(f"{output}.{kind}").read_text(errors="replace") for kind in ("out", "err")]
+    return subprocess.CompletedProcess([], process.exitcode, *text)
+
+
+def quick(name, *args, **more):
+    return ended(*start(name, *args, **more))
