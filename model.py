@@ -439,8 +439,8 @@ class Tokenizer:
         self.eos, self.chat_template, self.bos, self.normalize, self.spaces = tuple(eos), chat_template, bos, normalize, spaces
         self.whole, self.unk, self.fuse_unk = whole, unk, fuse_unk
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
-        learned = [a + b for a, b in self.ranks]
-        if not vocab.keys() >= set(learned):
+        learned = dict.fromkeys(a + b for a, b in self.ranks)
+        if not vocab.keys() >= learned.keys():
             raise ValueError("a merge makes a token that the vocabulary lacks")
         self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
         either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
@@ -450,9 +450,11 @@ class Tokenizer:
         self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in (self.added | special).items()}
         self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
         self.vocab_size = max(self.texts) + 1
+        others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
+        joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
         self.bpe = None
-        if spaces is None and len(set(learned)) == len(learned):  # tiktoken ranks tokens, not pairs: exact where each comes of one pair
-            learned = sorted((ch for ch in self.table if ch in vocab), key=vocab.get) + learned
+        if spaces is None and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
+            learned = [*sorted((ch for ch in self.table if ch in vocab), key=vocab.get), *learned, *others]
             self.missing = [b for ch, b in self.table.items() if ch not in vocab]  # tiktoken wants all bytes; these never reach it
             ranks = {key: rank for rank, key in enumerate([*map(self.bytes_of, learned), *(bytes([b]) for b in self.missing)])}
             self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

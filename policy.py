@@ -463,6 +463,9 @@ def total_loss(ce, pg, alpha):
 # Files and the command line
 
 
+ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
+
+
 def make_folder(path):
     """Make a folder that can be written, unless it is there; returns its Path. OSError names it."""
     try:
@@ -470,7 +473,7 @@ def make_folder(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "it cannot be written")
     except OSError as e:
-        raise OSError(f"cannot write into {path} ({e.strerror}); choose another folder") from None
+        raise OSError(f"cannot write into {path} ({e.strerror}); {ELSEWHERE}") from None
     return Path(path)
 
 
@@ -501,7 +504,7 @@ def write_whole(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        raise OSError(f"cannot write {path} ({e.strerror}); free some space there, or choose another folder") from None
+        raise OSError(f"cannot write {path} ({e.strerror}); free some space there, or {ELSEWHERE}") from None
     finally:
         part.unlink(missing_ok=True)
 

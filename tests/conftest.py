@@ -68,7 +68,7 @@ def tiny_folder(folder, kind="llama", layers=4, shards=False, stored=torch.float
                 p.add_(0.2 * torch.randn_like(p))
     model.to(stored).save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
     tiny_tokenizer(Path(folder))
-    return model.float()
+    return model if stored == torch.float32 else type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

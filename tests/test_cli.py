@@ -378,8 +378,8 @@ def test_a_full_or_read_only_disk_loses_nothing(tiny, some_text, policy_file, sm
     """One line that names the file; what was there before is still there; nothing is half-written."""
     disk = small_disk(options)
     if not options:
-        (disk / "policy.safetensors").write_bytes(policy_file.read_bytes()[:200000])
-        (disk / "fill").write_bytes(bytes(20000))
+        (disk / "policy.safetensors").write_bytes(policy_file.read_bytes())
+        (disk / "fill").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 4096))
     before = {f.name: f.read_bytes() for f in disk.iterdir()}
     if what == "results":
         done = quick("bench.py", "ablation", "--model", tiny, "--results", disk / "r")
