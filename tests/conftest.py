@@ -109,11 +109,11 @@ def _forked(name, args, env, cwd, output):
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [str(ROOT / f"{name}.py"), *args]
-    command_line(importlib.import_module(name).main)
+    command_line(importlib.import_module(name).main if name in ("train", "infer", "bench") else lambda: exec(name, {}))
 
 
 def start(name, *args, env=None, cwd="."):
-    """Run a script in a fork -> (its process, the path that its output begins with: .out and .err)."""
+    """Run a script, or some code, in a fork -> (its process, the path that its output begins with: .out and .err)."""
     output = tempfile.mktemp(dir=CACHE)
     env = {"XDG_CACHE_HOME": CACHE, "HF_HUB_OFFLINE": "1"} | (env or {})
     process = FORKS.Process(target=_forked, args=(name.removesuffix(".py"), [str(a) for a in args], env, str(cwd), output), daemon=True)
