@@ -573,7 +573,7 @@ def pattern_of(steps, merges, whole, where):
 def normalizer_of(steps, where):
     """The normalizer steps of a tokenizer.json, and Metaspace -> a function (text, first part of it or not) -> text."""
     for step in steps:
-        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Metaspace") and "String" not in step.get("pattern", ()):
+        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Metaspace") and (step["type"] != "Replace" or "String" not in step["pattern"]):
             raise ValueError(f"{where}: normalizer {step['type']} is not supported; NFC, Prepend and Replace are")
 
     def normalize(text, first):
@@ -583,7 +583,7 @@ def normalizer_of(steps, where):
             elif step["type"] == "Replace":
                 text = text.replace(step["pattern"]["String"], step["content"])
             elif step["type"] == "Metaspace":
-                text, scheme = text.replace(" ", "▁"), step.get("prepend_scheme", "always")
+                text, scheme = text.replace(" ", "▁"), step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
                 if text[:1] != "▁" and text and (scheme == "always" or (scheme == "first" and first)):
                     text = "▁" + text
             else:

@@ -97,7 +97,7 @@ def script(name, *args, env=None, cwd=None, timeout=300):
 
 # Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench"])
+FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench", "torch._dynamo"])  # the last: what an optimizer imports
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
@@ -108,6 +108,7 @@ def _forked(name, args, env, cwd, output):
         os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     os.environ.update(env)
     os.chdir(cwd)
+    torch.set_num_threads(1)  # tiny models: two threads would wait for each other
     sys.argv = [str(ROOT / f"{name}.py"), *args]
     command_line(importlib.import_module(name).main if name in ("train", "infer", "bench") else lambda: exec(name, {}))
 

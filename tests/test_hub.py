@@ -199,10 +199,10 @@ def test_rows_are_the_same_from_the_hub_and_from_a_folder(hub, tmp_path):
 
 
 @pytest.mark.parametrize("prepare, env, word", [
-    ("import sys; sys.modules['pyarrow'] = None", {}, "pip install pyarrow"), ("", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--data-dir"),
-    ("", {"HF_HUB_OFFLINE": "1"}, "--data-dir")])
+    ("import sys; sys.modules['pyarrow'] = None", {}, "pip install pyarrow"), ("pass", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--data-dir"),
+    ("pass", {"HF_HUB_OFFLINE": "1"}, "--data-dir")])
 def test_a_data_set_that_cannot_be_had_is_one_line(tmp_path, prepare, env, word):
-    done = quick(f"{prepare}\nfrom data import *; load_items('mmlu', 'test')", env=ONLINE | {"HF_HOME": str(tmp_path)} | env)
+    done = quick(f"{prepare}; from data import *; load_items('mmlu', 'test')", env=ONLINE | {"HF_HOME": str(tmp_path)} | env)
     assert done.returncode == 2 and word in done.stderr and "mmlu" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
