@@ -34,8 +34,8 @@ from baselines import bootstrap, compare
 from data import CHOICE_TASKS, kl, load_examples, load_text, outcomes, text_examples, windows
 from infer import Engine, generate
 from model import LLM, Config, KVCache, check_gpu, fetch_smollm2, load, read_gguf, read_json
-from policy import (Fixed, Parser, Policy, Scorer, bit_costs, command_line, device_name, format_table, goal_cost, mean_cost, most_speedup,
-                    pick_device, save_result, speedup_bits, write_whole)
+from policy import (Fixed, Parser, Policy, Scorer, bit_costs, command_line, device_name, format_table, goal_cost, make_folder, mean_cost,
+                    most_speedup, pick_device, save_result, speedup_bits, write_whole)
 from quant import CHOSEN, fake_quantize
 from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
 
@@ -103,6 +103,9 @@ def evaluate(args):
     choice = args.task not in ("lm", "wikitext2")
     text = load_text(*where, args.data_dir, choice)  # not there, or no text: say so before anything is loaded
     model, tokenizer = load(args.model, args.device, torch.float32)
+    top = most_speedup(model.config.n_layer, bit_costs(model.config))
+    if args.method not in ("full", "int8", "int4") and not 1 <= args.speedup <= top:
+        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give 1 to {top:.2f}")
     policy = read_policy(args.policy, model, args.method in ("dash", "static_mix", "position_mix"))
     calibration = ("pydocs", "train") if args.file or args.task == "lm" else (args.task, "train", args.data_dir)
     routed = make_policy(args.method, model, tokenizer, args, policy, calibration)
@@ -737,6 +740,8 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
+    if args.command in ("frontier", "speed", "ablation"):
+        make_folder(args.results)  # cannot be written: say so before an hour's work
     {"eval": evaluate, "frontier": frontier, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
 
 

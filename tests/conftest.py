@@ -1,16 +1,13 @@
 """Shared models: the real one, fetched once, and tiny random ones in Hugging Face layout for everything that need not be real."""
 
-import contextlib
 import importlib
-import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 from model import load  # noqa: E402
-from policy import command_line  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -56,13 +52,13 @@ def tiny_tokenizer(folder, vocab_size=300):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": template}))
 
 
-def tiny_folder(folder, kind="llama", layers=4, shards=False, **change):
-    """A tiny random model made by transformers: the reference for parity, and fast enough for command-line tests."""
+def tiny_folder(folder, kind="llama", layers=4, shards=False, stored=torch.float32, **change):
+    """A tiny random model made by transformers, stored in a dtype: the reference for parity, and fast enough for command-line tests."""
     import transformers
 
     config = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15)
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
     config = getattr(transformers, name + "Config")(**(config | change))
     torch.manual_seed(0)
     model = getattr(transformers, name + "ForCausalLM")(config).eval()
@@ -70,9 +66,9 @@ def tiny_folder(folder, kind="llama", layers=4, shards=False, **change):
         for parameter_name, p in model.named_parameters():  # biases and norms are born 0 and 1: make them matter
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn_like(p))
-    model.save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
+    model.to(stored).save_pretrained(folder, max_shard_size="100kB" if shards else "5GB")
     tiny_tokenizer(Path(folder))
-    return model
+    return model if stored == torch.float32 else type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
@@ -92,19 +88,44 @@ def some_text(tmp_path_factory):
 CACHE = tempfile.mkdtemp(prefix="dash-test-cache-")  # for what tiny models cache; the real model stays in the user's
 
 
-def script(name, *args, env=None, cwd=None, process=False, timeout=300):
-    """Run train.py, infer.py or bench.py with arguments: returncode, stdout, stderr. As a process of its own where that matters; else
-    its main in this one, which saves importing PyTorch a hundred times."""
-    env, argv = ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (env or {}), [str(ROOT / name), *map(str, args)]
-    if process:
-        return subprocess.run([sys.executable, *argv], text=True, capture_output=True, timeout=timeout, env=os.environ | env, cwd=cwd)
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", argv), contextlib.chdir(cwd or "."),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
-        try:
-            command_line(importlib.import_module(name.removesuffix(".py")).main)
-        except SystemExit as e:
-            code = e.code or 0
-        except Exception:
-            code = traceback.print_exc() or 1
-    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+# Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench", "torch._dynamo"])  # the last: what an optimizer imports
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+def _forked(name, args, env, cwd, output):
+    from policy import command_line
+
+    for fd, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)  # tiny models: two threads would wait for each other
+    sys.argv = [str(ROOT / f"{name}.py"), *args]
+    command_line(importlib.import_module(name).main if name in ("train", "infer", "bench") else lambda: exec(name, {}))
+
+
+def start(name, *args, env=None, cwd="."):
+    """Run a script, or some code, in a fork -> (its process, the path that its output begins with: .out and .err)."""
+    output = tempfile.mktemp(dir=CACHE)
+    env = {"XDG_CACHE_HOME": CACHE, "HF_HUB_OFFLINE": "1"} | (env or {})
+    process = FORKS.Process(target=_forked, args=(name.removesuffix(".py"), [str(a) for a in args], env, str(cwd), output), daemon=True)
+    process.start()
+    return process, Path(output)
+
+
+def ended(process, output, timeout=120):
+    """Wait for what `start` began -> the finished process as `script` gives it."""
+    process.join(timeout)
+    assert process.exitcode is not None, "it does not end"
+    text = [Path(f"{output}.{kind}").read_text(errors="replace") for kind in ("out", "err")]
+    return subprocess.CompletedProcess([], process.exitcode, *text)
+
+
+def script(name, *args, process=False, timeout=300, **more):
+    """Run train.py, infer.py or bench.py with arguments: returncode, stdout, stderr. In a fork, or as a process of its own."""
+    if not process:
+        return ended(*start(name, *args, **more), timeout)
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True, timeout=timeout,
+                          env=os.environ | ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (more.get("env") or {}), cwd=more.get("cwd"))

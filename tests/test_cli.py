@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -167,10 +169,36 @@ def drop(name):
     return lambda folder: (folder / name).unlink()
 
 
-INFER = ["infer.py", "--full", "--max-new-tokens", 2, "--prompt", "a cat"]
+def poison(folder, name="model.norm.weight", value=lambda t: t * float("nan")):
+    """Change one tensor of the weights."""
+    from safetensors.torch import load_file, save_file
 
-# what is wrong; the script and its arguments (MODEL: a tiny model's folder, POLICY: its policy, TEXT: a text file, TMP: a fresh
-# folder); what is done to a copy of the model first; a word that the one line must have
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: value(tensors[name])}, folder / "model.safetensors")
+
+
+def config(**change):
+    """Change config.json; None takes a key away."""
+    def f(folder):
+        c = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in c.items() if v is not None}))
+    return f
+
+
+def large_tokenizer(folder):
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["added_tokens"].append({"id": 5000, "content": "<far>", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+INFER = ["infer.py", "--full", "--max-new-tokens", 2, "--prompt", "a cat"]
+ROUTED = ["infer.py", "--model", "MODEL", "--policy", "POLICY", "--prompt", "a cat", "--speedup"]
+EVAL = ["bench.py", "eval", "--file", "TEXT", "--model", "MODEL", "--policy", "POLICY", "--speedup"]
+TRAIN = ["train.py", "--model", "MODEL", "--data", "TEXT", "--out", "TMP/o"]
+OF_MODEL = [*INFER, "--model", "MODEL"]
+
+# what is wrong; the script and its arguments (MODEL: a tiny model's folder, POLICY: its policy, CUT, NAN: a part
+# of it, one with a NaN; TEXT, EMPTY, JUNK: files; TMP: a fresh folder); what is done to a copy of the model first; a word that the one line must have
 FAULTS = [
     ("unknown model", [*INFER, "--model", "nonesuch"], None, "nonesuch"),
     ("folder without config.json", [*INFER, "--model", "MODEL"], drop("config.json"), "config.json"),
@@ -208,11 +236,44 @@ FAULTS = [
     ("no folder for items", ["bench.py", "eval", "--task", "arc_easy", "--method", "full", "--model", "MODEL"], None, "--data-dir"),
     ("--start without rl", ["train.py", "--model", "MODEL", "--data", "TEXT", "--start", "POLICY", "--out", "TMP/o"], None, "--start"),
     ("no GPU", [*INFER, "--model", "MODEL", "--device", "cuda"], None, "cuda"),
+    *((f"speedup {v} in {args[0]} {more}", [*args, v, *more], None, "speedup") for v in (0, -1, "nan", 99) for args, more in (
+        (ROUTED, []), ([*TRAIN, "--speedup"], []), (EVAL, ["--method", "dash"]), (EVAL, ["--method", "static_mix"]), (EVAL, ["--method", "random_mix"]),
+        (EVAL, ["--method", "random_skip"]))),
+    *((f"config.json: {key} {value}", OF_MODEL, config(**{key: value}), key) for key, value in (
+        ("hidden_size", None), ("num_hidden_layers", None), ("num_attention_heads", 0), ("num_attention_heads", "four"), ("hidden_size", [64]), ("mlp_bias", True))),
+    ("10^12 blocks", OF_MODEL, config(num_hidden_layers=10**12), "n_layer"),
+    ("a RoPE scaling that we lack", OF_MODEL, config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    ("an activation that we lack", OF_MODEL, config(hidden_act="gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+    ("a sliding window", OF_MODEL, config(model_type="mistral", sliding_window=64), "sliding-window"),
+    ("weights with a NaN", OF_MODEL, poison, "model.norm.weight"),
+    ("a tensor of the wrong shape", OF_MODEL, lambda folder: poison(folder, value=lambda t: t[:5]), "model.norm.weight"),
+    ("a tensor of the wrong type", OF_MODEL, lambda folder: poison(folder, value=lambda t: t.long()), "int64"),
+    ("an index that is no JSON", OF_MODEL, write("model.safetensors.index.json", "[" * 5000), "index.json"),
+    ("weights that are junk", OF_MODEL, write("model.safetensors", "junk" * 99), "model.safetensors"),
+    ("a tokenizer larger than the embedding", OF_MODEL, large_tokenizer, "5001 tokens"),
+    ("tokenizer.json is no JSON", OF_MODEL, write("tokenizer.json", "{"), "tokenizer.json"),
+    ("tokenizer.json is junk", OF_MODEL, lambda folder: (folder / "tokenizer.json").write_bytes(bytes(range(256))), "tokenizer.json"),
+    ("a chat template that fails", [*OF_MODEL, "--chat"], write("chat_template.jinja", "{{ ''.__class__ }}{{ 1 / 0 }}"), "template"),
+    ("a prompt of context + 1 tokens", [*INFER[:-1], "1" * 513, "--model", "MODEL"], None, "513 tokens"),
+    ("a prompt that fills the context", [*INFER[:-1], "1" * 512, "--model", "MODEL"], None, "512 tokens"),
+    ("a prompt of binary junk", [*INFER[:-1], "a\udcff\udc80\udcfe", "--model", "MODEL"], None, "--prompt"),
+    ("-1 new tokens", [*OF_MODEL, "--max-new-tokens", -1], None, "max-new-tokens"),
+    ("a policy cut short", [*ROUTED, 2, "--policy", "CUT"], None, "cut.safetensors"),
+    ("a policy with a NaN", [*ROUTED, 2, "--policy", "NAN"], None, "nan.safetensors"),
+    ("a policy of binary junk", [*ROUTED, 2, "--policy", "JUNK"], None, "junk.txt"),
+    ("a folder as policy", [*ROUTED, 2, "--policy", "TMP"], None, "train.py"),
+    ("data of binary junk", [*TRAIN, "--data", "JUNK"], None, "UTF-8"),
+    ("items of binary junk", ["bench.py", "eval", "--task", "mc", "--file", "JUNK", "--method", "full", "--model", "MODEL"], None, "UTF-8"),
+    ("a folder as data", [*TRAIN, "--data", "TMP"], None, "give pydocs"),
+    ("output under a file", [*TRAIN, "--out", "TEXT/o"], None, "choose another folder"),
+    ("results under a file", ["bench.py", "ablation", "--model", "MODEL", "--results", "TEXT/r"], None, "choose another folder"),
+    ("an unknown command", ["bench.py", "magic"], None, "magic"),
+    ("a number that is none", [*OF_MODEL, "--max-new-tokens", "many"], None, "many"),
     ("no such device", [*INFER, "--model", "MODEL", "--device", "abacus"], None, "abacus"),
 ]
 
 
-@pytest.mark.parametrize("args, change, word", [f[1:] for f in FAULTS], ids=[f[0].replace(" ", "_") for f in FAULTS])
+@pytest.mark.parametrize("args, change, word", [f[1:] for f in FAULTS], ids=[re.sub(r"\W+", "_", f[0]) for f in FAULTS])
 def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -225,9 +286,14 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
         folder = broken(tiny, tmp_path, change)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "junk.txt").write_bytes(bytes(range(256)))
-    names = {"MODEL": folder, "POLICY": policy_file, "TEXT": some_text, "EMPTY": tmp_path / "empty.txt", "JUNK": tmp_path / "junk.txt"}
+    (tmp_path / "cut.safetensors").write_bytes(policy_file.read_bytes()[:-999])
+    policy = Policy.load(policy_file)
+    policy.scorer.first.bias.data[3] = float("nan")
+    policy.save(tmp_path / "nan.safetensors")
+    names = {"MODEL": folder, "POLICY": policy_file, "TEXT": some_text, "EMPTY": tmp_path / "empty.txt", "JUNK": tmp_path / "junk.txt",
+             "CUT": tmp_path / "cut.safetensors", "NAN": tmp_path / "nan.safetensors"}
     before = sorted(tmp_path.rglob("*"))
-    done = script(*[names.get(a, str(a).replace("TMP", str(tmp_path))) for a in args], env={"HF_HUB_OFFLINE": "1"})
+    done = script(*[names.get(a, str(a).replace("TMP", str(tmp_path)).replace("TEXT/", f"{some_text}/")) for a in args])
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and word in lines[0] and "Traceback" not in done.stderr, done.stderr
@@ -275,3 +341,52 @@ def test_policy_class_refuses_what_is_no_policy(tmp_path):
     (tmp_path / "p.safetensors").write_bytes(os.urandom(500))
     with pytest.raises(ValueError):
         Policy.load(tmp_path / "p.safetensors")
+
+
+def test_a_cache_that_cannot_be_written(tiny, some_text, tmp_path):
+    env = {"XDG_CACHE_HOME": str(some_text / "cache")}
+    done = script("infer.py", "--full", env=env)
+    assert done.returncode == 2 and "XDG_CACHE_HOME" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    done = script("train.py", "--model", tiny, "--data", some_text, "--samples", 1, "--out", tmp_path / "o", env=env)
+    assert done.returncode == 2 and "another folder" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("n", [1, 511])
+def test_prompts_of_one_token_and_of_all_but_one(tiny, n):
+    done = script("infer.py", "--full", "--model", tiny, "--prompt", "1" * n, "--max-new-tokens", 3)
+    assert done.returncode == 0 and "tokens at" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB of our own: a function that mounts it with options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options=""):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=256k{options}", "tmpfs", str(folder)], capture_output=True, text=True) if shutil.which("mount") else None
+        if done is None or done.returncode:
+            pytest.skip("no file system can be mounted here (needs root): a full and a read-only disk are not tested")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("what, options", [("out", ""), ("cache", ""), ("out", ",ro"), ("results", ",ro")])
+def test_a_full_or_read_only_disk_loses_nothing(tiny, some_text, policy_file, small_disk, tmp_path, what, options):
+    """One line that names the file; what was there before is still there; nothing is half-written."""
+    disk = small_disk(options)
+    if not options:
+        (disk / "policy.safetensors").write_bytes(policy_file.read_bytes())
+        (disk / "fill").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 4096))
+    before = {f.name: f.read_bytes() for f in disk.iterdir()}
+    if what == "results":
+        done = script("bench.py", "ablation", "--model", tiny, "--results", disk / "r")
+    else:
+        done = script("train.py", "--model", tiny, "--data", some_text, "--samples", 8, "--steps", 1, "--out", disk if what == "out" else tmp_path / "o",
+                     env={"XDG_CACHE_HOME": str(disk if what == "cache" else tmp_path / "cache")})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and str(disk) in last and "another folder" in last and "Traceback" not in done.stderr, done.stderr
+    after = {f.name: f.read_bytes() for f in disk.iterdir() if f.is_file()}
+    assert before.items() <= after.items() and not any(name.endswith(".part") for name in after)

@@ -7,7 +7,7 @@ import torch
 
 import train
 from baselines import compare
-from data import item_examples, kl, load_items, outcomes, question
+from data import item_examples, kl, load_articles, load_items, outcomes, question
 from model import load
 from policy import Fixed, bit_costs
 from test_routing import random_policy
@@ -94,7 +94,17 @@ def test_bad_items_are_named(tmp_path, line, word):
     with pytest.raises(ValueError, match="items.jsonl") as e:
         load_items(file, None)
     assert word in str(e.value)
-    with pytest.raises(ValueError, match="--data-dir"):
-        load_items("arc_easy", "test")
     with pytest.raises(ValueError, match="context"):
-        item_examples(type("T", (), {"encode": staticmethod(lambda text: list(text.encode()))})(), ITEMS, 10, "cpu")
+        item_examples(type("T", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})(), ITEMS, 10, "cpu")
+
+
+def test_bad_articles_are_named(tmp_path):
+    good = {"id": "1", "article": "The cat sat .", "highlights": "Cat ."}
+    (tmp_path / "cnn_dm").mkdir()
+    file = tmp_path / "cnn_dm" / "test.jsonl"
+    file.write_text(json.dumps(good) + "\n\n" + json.dumps(good))
+    assert load_articles("cnn_dm", "test", tmp_path) == [good, good]
+    for line in ('{"id": "1", "article": 3, "highlights": "x"}', "[]", "{", '{"article": "a", "highlights": "b"}'):
+        file.write_text(json.dumps(good) + "\n" + line)
+        with pytest.raises(ValueError, match="test.jsonl, line 2"):
+            load_articles("cnn_dm", "test", tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import torch
 
 import train
 from baselines import compare
-from conftest import CACHE, ROOT, script
+from conftest import CACHE, ROOT, ended, script, start
 from data import kl, text_examples
 from infer import generate
 from model import load
-from policy import Fixed, Policy, bit_costs, mean_cost
+from policy import Fixed, Policy, bit_costs, mean_cost, read_safetensors
 from test_routing import random_policy
 
 
@@ -68,6 +69,63 @@ def test_resume_after_kill_is_bit_for_bit(finished, tiny, some_text, tmp_path, m
     assert done.returncode == 0, done.stderr
     for name in ("policy.safetensors", "train.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("objective", ["fisher", "rl"])
+def test_kill_9_at_random_moments_of_training(tiny, some_text, tmp_path, objective):
+    """Killed seven times at any moment, calibration and rounding included, and resumed each time: the same policy, bit for bit."""
+    text = tmp_path / "text.txt"
+    text.write_text(some_text.read_text()[:7000])
+    command = ["train.py", *arguments(tiny, text, tmp_path / "out", objective), "--steps", 6, "--samples", 2, "--resume"]
+    began = time.time()
+    undisturbed = script(*command, "--out", tmp_path / "undisturbed", env={"XDG_CACHE_HOME": str(tmp_path / "other")})
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    seconds, env, rng = time.time() - began, {"XDG_CACHE_HOME": str(tmp_path / "cache")}, random.Random(objective)
+    for _ in range(7):
+        process, _ = start(*command, env=env)
+        process.join(rng.uniform(0, 0.5 * seconds))
+        process.kill()
+        process.join()
+        for file in (tmp_path / "out").glob("*.safetensors"):  # whole, whenever it is there
+            read_safetensors(file)
+    done = script(*command, env=env)
+    assert done.returncode == 0, done.stderr
+    for name in ("policy.safetensors", "train.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_kill_9_at_random_moments_of_bench(tiny, tmp_path):
+    """Results are the old ones or the new ones, whole."""
+    command, rng = ["bench.py", "ablation", "--model", tiny, "--limit", 1, "--results", tmp_path], random.Random(0)
+    began = time.time()
+    assert script(*command).returncode == 0
+    seconds, file = time.time() - began, tmp_path / "ablation.json"
+    for _ in range(6):
+        process, _ = start(*command)
+        process.join(rng.uniform(0, 1.1 * seconds))
+        process.kill()
+        process.join()
+        assert json.loads(file.read_text())["markdown"]
+
+
+def test_two_runs_into_one_folder_and_ctrl_c(tiny, some_text, tmp_path):
+    """The second is told so; a lock does not outlive its run, killed or interrupted; Ctrl-C is one line, and --resume goes on from there."""
+    command = ["train.py", *arguments(tiny, some_text, tmp_path / "o", "rl"), "--steps", 5000]
+    first, output = start(*command)
+    while first.is_alive() and not (tmp_path / "o" / "checkpoint.safetensors").exists():
+        time.sleep(0.01)
+    second = script(*command)
+    assert second.returncode == 2 and "another run" in second.stderr and len(second.stderr.strip().splitlines()) == 1, second.stderr
+    os.kill(first.pid, signal.SIGINT)
+    done = ended(first, output)
+    assert done.returncode == 2 and "--resume" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
+    step = read_safetensors(tmp_path / "o" / "checkpoint.safetensors")[1]["step"]
+    third, output = start(*command, "--resume")
+    while third.is_alive() and read_safetensors(tmp_path / "o" / "checkpoint.safetensors")[1]["step"] == step:
+        time.sleep(0.01)
+    assert third.is_alive(), ended(third, output).stderr
+    third.kill()
 
 
 def test_resume_refuses_another_run(finished, tiny, some_text):
