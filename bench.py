@@ -1,38 +1,46 @@
 """Measure:   python bench.py eval --task lm --method dash --speedup 2.0
 
-    eval      one method on one task: perplexity in windows of a text or accuracy on multiple-choice items, the speedup in bits
-              over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
+    eval      one method on one task: perplexity in windows of a text, accuracy on multiple-choice items or Rouge-L of summaries,
+              the speedup in bits over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
+    table     the paper's Tables 1-2: every method at every speedup on every task, or on --task; results/table-TASK.json and .png.
+              A policy a task, as in the paper: --policy 'out-{task}/policy.safetensors'
     frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
               by --compare; and whether decoding keeps to its budget; results/frontier.json and .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
               bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart
-    ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
+    ablation  the paper's Table 3 and ours: states, K/V modes, forms of a_i, the INT8 head, and the policies given by --compare
+              (other horizons; lam, beta, w_i off); results/ablation.json
+    figures   the paper's Figures 1, 2 and 4: results/figure1.json, figure2.json, figure4.json, and a .png of each
+    transfer  its Figure 5: policies trained on each task (--policy as for table), tested on each; results/transfer.json and .png
     report    puts the tables of results/ into the README
 
 Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU).
-Both run the same routed forward.
+Both run the same routed forward. The paper's own numbers, shown beside ours, are in paper.json.
 """
 
+import copy
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare
-from data import CHOICE_TASKS, kl, load_examples, load_text, outcomes, text_examples, windows
+from data import CHOICE_TASKS, is_choice, kl, load_articles, load_examples, load_text, outcomes, text_examples, windows
 from infer import generate
 from model import KVCache, fetch_smollm2, load, read_gguf, read_json
 from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device, save_result,
-                    speedup_bits, write_whole)
+                    speedup_bits, state_shares, write_whole)
 from quant import fake_quantize
 from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
 
-METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
+SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
+METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
 WINDOW = 1024  # tokens of an evaluation window
 
 
@@ -48,7 +56,7 @@ def read_policy(path, model, needed):
 
 def known_of(model, policy, seed):
     """What baselines may go by: the damage that train.py left in a policy file."""
-    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed)
+    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed, config=model.config)
     if policy:
         known.scale = policy.scale
         for name in ("damage", "position_damage"):
@@ -57,67 +65,225 @@ def known_of(model, policy, seed):
     return known
 
 
-def make_policy(method, model, tokenizer, args, policy, calibration):
-    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name."""
+def make_policy(method, speedup, known, model, policy, path, samples):
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; samples (n, T): training text."""
+    if method in ("dash", "position_mix") and policy is None:
+        read_policy(path, model, True)  # says why there is none
     if method == "dash":
-        return policy.at(args.speedup)
-    known = known_of(model, policy, args.seed)
-    needs = {"static_mix": "damage", "position_mix": "position_damage"}.get(method)
-    if needs and getattr(known, needs) is None:
-        raise ValueError(f"{args.policy} has no {needs}, which {method} goes by; train it again with train.py --objective fisher")
-    if method == "static_skip":
-        baselines.skips(known, args.speedup)  # out of reach: say so before measuring
-        samples = windows(tokenizer, load_text(*calibration), SAMPLES, SAMPLE_TOKENS, spread=True)
-        known.similarity = profile(model, samples.to(args.device))["similarity"]
-    return getattr(baselines, method)(known, args.speedup)
+        return copy.copy(policy).at(speedup, track=True)
+    if method == "position_mix" and known.position_damage is None:
+        raise ValueError(f"{path} has no position_damage, which {method} goes by; train it again with train.py --objective fisher")
+    if method in SKIPS and known.similarity is None:
+        baselines.observe(known, model, samples)
+    if method == "static_mix" and known.damage is None:
+        if known.scale is None:
+            known.scale = profile(model, samples)["norm_ratio"].tolist()
+        known.damage = sensitivities(model, text_examples(samples.view(-1, samples.shape[1] * len(samples) // 32)[:1]), known.scale)
+    return getattr(baselines, method)(known, speedup)
 
 
-def measured_speedup(args, policy, int4, prompt, tokens=24, pairs=3):
+def with_kv(policy, kv):
+    """A policy, or a function that gives one, with another way to keep the keys and values of skipped tokens."""
+    if callable(policy):
+        return lambda tokens: with_kv(policy(tokens), kv)
+    policy.kv = kv
+    return policy
+
+
+def measured_speedup(model, tokenizer, policy, text, tokens=48, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
-    model, tokenizer = load(args.model, args.device, torch.bfloat16)
-    model.quantize(real=True, int4=int4)
-    ids = torch.zeros(1, tokens + 64)
-    routed = policy(ids) if callable(policy) else policy
-    text = tokenizer.decode(tokenizer.encode(prompt)[:32])
+    routed = policy(torch.zeros(1, tokens + 64)) if callable(policy) else policy
+    prompt = tokenizer.decode(tokenizer.encode(text[:1000])[:32])
     ratios = []
     for _ in range(pairs):
-        speeds = [generate(model, tokenizer, text, p, tokens)["tokens_per_second"] for p in (routed, None)]
+        speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
         ratios.append(speeds[0] / speeds[1])
     return statistics.median(ratios)
 
 
-def evaluate(args):
-    args.device = pick_device(args.device)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1")
-    if args.task == "mc" and not args.file:
+ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
+
+
+def rouge():
+    """f(reference, text) -> F measure of Rouge-L (Lin 2004), by the rouge-score package, 0 to 1."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("cnn_dm is scored with the rouge-score package, which is not installed: pip install rouge-score") from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda reference, text: scorer.score(reference, text)["rougeL"].fmeasure
+
+
+def summaries(model, tokenizer, articles, policies):
+    """Rouge-L of greedy summaries under every policy: rows as `compare` makes them. A chat model is asked, any other sees TL;DR:."""
+    score, chat, rows = rouge(), bool(tokenizer.chat_template), []
+    room = min(ARTICLE, model.config.block_size - SUMMARY - 100)
+    for policy in tqdm(policies, desc="summaries", leave=False):
+        each, states = [], []
+        for article in articles:
+            text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
+            prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
+            routed = policy(torch.zeros(1, ARTICLE + SUMMARY + 100)) if callable(policy) else policy
+            out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
+            each.append(round(score(article["highlights"], out["text"]), 6))
+            states.append(out["states"])
+        states = torch.cat(states, 1)
+        rows.append({"each": {"rougeL": each}, "rougeL": sum(each) / len(each), "states": state_shares(states), "tokens": states.shape[1],
+                     "speedup": speedup_bits(states, bit_costs(model.config, None if policy is None else routed))})
+    return rows
+
+
+METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("accuracy", lambda v: v.mean(-1)),
+           "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
+
+
+@torch.no_grad()
+def rank(args, task, asked, limit, timed=True):
+    """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
+
+    A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: at least 1")
+    if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
-    where = (args.file, None) if args.file else ("pydocs" if args.task == "lm" else args.task, "test")
-    choice = args.task not in ("lm", "wikitext2")
-    text = load_text(*where, args.data_dir, choice)  # not there, or no text: say so before anything is loaded
-    model, tokenizer = load(args.model, args.device, torch.float32)
-    policy = read_policy(args.policy, model, args.method in ("dash", "static_mix", "position_mix"))
-    calibration = ("pydocs", "train") if args.file or args.task == "lm" else (args.task, "train", args.data_dir)
-    routed = make_policy(args.method, model, tokenizer, args, policy, calibration)
-    size = model.config.block_size if choice else min(WINDOW, model.config.block_size)
-    examples = load_examples(*where, tokenizer, args.limit or (100 if choice else 8), size, args.data_dir, args.device, choice=choice)
+    choice, device = task not in ("lm", "wikitext2", "cnn_dm"), pick_device(args.device)
+    where = (args.file, None) if args.file else ("pydocs" if task == "lm" else task, "test")
+    calibration = ("pydocs", "train") if args.file or task == "lm" else (task, "train", args.data_dir)
+    text, learn = load_text(*where, args.data_dir, choice), load_text(*calibration)  # not there, or no text: say so before anything is loaded
+    if task == "cnn_dm":
+        rouge()
+    model, tokenizer = load(args.model, device, torch.float32)
+    path = args.policy.format(task=task.removesuffix("_5shot"))
+    policy, rows, policies = read_policy(path, model, False), [], [None]
+    known = known_of(model, policy, args.seed)
+    samples = windows(tokenizer, learn, SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
     int4 = policy.int4 if policy else None
     model.quantize(int4=int4)
-    full, row = compare(model, examples, [None, routed], bit_costs(model.config))
-    del model
-    metric = "accuracy" if choice else "perplexity"
-    value, value_full = (r["accuracy"] if choice else torch.tensor(r["nats"]).exp().item() for r in (row, full))
-    measured = 1.0 if args.method == "full" else measured_speedup(args, routed, int4, text)
-    tokens, codes = sum(sum(e.lengths) for e in examples), int4 or "nearest"
-    print(f"{args.task}, {args.method}: {metric} {value:.3f} (full model {value_full:.3f}), KL {row['kl']:.4f} nats, "
-          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(examples)} {'items' if choice else 'windows'}, {tokens} tokens, "
-          f"INT4 codes: {codes}")
+    for method, speedup in asked:
+        try:
+            routed = make_policy(method, speedup, known, model, policy, path, samples)
+            policies.append(with_kv(routed, args.kv) if args.kv else routed)
+            rows.append({"method": method, "target": speedup})
+        except (ValueError, FileNotFoundError) as e:
+            if len(asked) == 1:
+                raise
+            rows.append({"method": method, "target": speedup, "missing": str(e)})
+    if task == "cnn_dm":
+        examples, metric = load_articles(task, "test", args.data_dir)[:limit], "Rouge-L"
+    else:
+        size, metric = (model.config.block_size, "accuracy") if choice else (min(WINDOW, model.config.block_size), "perplexity")
+        examples = load_examples(*where, tokenizer, limit or 10**6, size, args.data_dir, device, choice=choice)
+        found = compare(model, examples, policies)
+        tokens = sum(sum(e.lengths) for e in examples)
+    if timed or task == "cnn_dm":
+        del model
+        model, tokenizer = load(args.model, device, torch.bfloat16)
+        model.quantize(real=True, int4=int4)
+    if task == "cnn_dm":
+        found = summaries(model, tokenizer, examples, policies)
+        tokens = found[0]["tokens"]
+    key, statistic = METRICS[metric]
+    for row, new, routed in zip([{"method": "full model", "target": 1.0}, *(r for r in rows if "missing" not in r)], found, policies):
+        each = new["each"][key]
+        row |= {k: v for k, v in new.items() if k != "raw"}
+        row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
+        if timed:
+            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, text)
+        rows = [row, *rows] if routed is None else rows
+    return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
+
+
+def evaluate(args):
+    task = args.task or "lm"
+    default = 8 if task in ("lm", "wikitext2", "cnn_dm") else 100
+    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], None if args.full else default if args.limit is None else args.limit)
+    unit = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric]
+    print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] (full model {full['value']:.3f}), "
+          f"{f'KL {row['kl']:.4f} nats, ' if 'kl' in row else ''}{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {facts['n']} {unit}, "
+          f"{facts['tokens']} tokens, INT4 codes: {facts['int4']}")
     if args.json:
         print(json.dumps({
-            "task": args.task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
-            "speedup_measured": measured, "metric": metric, "value": value, "value_full": value_full, "kl": row["kl"],
-            "top1": row["top1"], "int4": codes, "n": len(examples), "tokens": tokens, "states": row["states"], "device": str(args.device),
-            "model": args.model}))
+            "task": task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
+            "speedup_measured": row["measured"], "metric": metric, "value": row["value"], "value_full": full["value"],
+            "interval": row["interval"]} | {k: row[k] for k in ("kl", "top1", "states") if k in row} | {
+            "int4": facts["int4"], "n": facts["n"], "tokens": facts["tokens"], "device": str(pick_device(args.device)), "model": args.model}))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# table
+
+TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 40, "mmlu_5shot": 12, "arc_challenge": 40, "arc_easy": 40}  # examples without --full
+PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc", "arc_challenge": "arc_c_acc"}
+ASKED = (1.33, 1.67, 2.0)
+
+
+def table(args):
+    for task in [args.task] if args.task else TASKS:
+        asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
+        asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
+        limit = None if args.full else TASKS.get(task, 8) if args.limit is None else args.limit
+        metric, rows, model, facts = rank(args, task, asked, limit, timed=task in ("lm", "wikitext2", "cnn_dm"))
+        header, cells = table_cells(rows, metric)
+        markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
+        trained = facts["policy"] or f"no policy: make {args.policy.format(task=task)} with python train.py --data {task} --data-dir DIR"
+        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens), {metric}{', %' if metric != 'perplexity' else ''}. Each cell: value [95% interval], in "
+                   f"brackets the speedup in bits{' and the measured one of batch-1 decoding' if 'measured' in rows[0] else ''}. INT4 codes: "
+                   f"{facts['int4']}; dash: {trained}.")
+        path = Path(args.results) / f"table-{task}.json"
+        save_result(path, model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, metric=metric, rows=rows, **facts)
+        table_chart(path.with_suffix(".png"), rows, task, metric)
+        print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}", flush=True)
+
+
+def table_cells(rows, metric):
+    """A row a method, a column a speedup; a method with one speedup of its own stands in the last column that it reaches."""
+    speedups, unit = sorted({r["target"] for r in rows} - {1.0}), 1 if metric == "perplexity" else 100
+
+    def cell(r):
+        if "missing" in r:
+            return "can't reach" if "out of reach" in r["missing"] else "no policy"
+        value, low, high = (f"{unit * v:.4g}" for v in (r["value"], *r["interval"]))
+        return f"{value} [{low}, {high}] ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
+
+    cells = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        line = {r["target"]: cell(r) for r in rows if r["method"] == method}
+        if 1.0 in line:  # asked for no speedup
+            own = next(r["speedup"] for r in rows if r["method"] == method)
+            place = max((s for s in speedups if s <= own), default=speedups[0])
+            line = {s: "can't reach" if s > own else "" for s in speedups} | {place: line[1.0]} if own > 1 else {place: line[1.0]}
+        cells.append([method, *(line.get(s, "") for s in speedups)])
+    return ["", *(f"{s:g}x" for s in speedups)], cells
+
+
+def paper_tables(key):
+    """The paper's numbers for a task, one table a model, or none."""
+    paper, out = read_json(Path(__file__).with_name("paper.json")), []
+    for model, tasks in paper["tables"].items():
+        if key in tasks:
+            full, *rest = tasks[key].items()
+            out.append(format_table([f"the paper's numbers, {model}", *paper["speedups"]], [["full model", full[1], "", ""], *([m, *v] for m, v in rest)]))
+    return out
+
+
+def table_chart(path, rows, task, metric):
+    """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
+    x = "measured" if "measured" in rows[0] else "speedup"
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, colors = figure.subplots(), iter([f"tab:{c}" for c in ("gray", "olive", "cyan", "pink", "purple", "brown", "green", "red", "blue")] * 2)
+    axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
+    axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
+    for method in dict.fromkeys(r["method"] for r in rows[1:] if "missing" not in r):
+        those = sorted((r[x], r["value"]) for r in rows if r["method"] == method and "missing" not in r)
+        single = method in ("int8", "int4")
+        axes.plot(*zip(*those), marker="s" if single else "o", markersize=5, color="black" if single else next(colors), linewidth=2.5 if method == "dash" else 1.2, label=None if single else method)
+        if single:
+            axes.annotate(method.upper(), those[0], xytext=(6, -12), textcoords="offset points")
+    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric, title=f"{task}, test",
+             yscale="log" if metric == "perplexity" else "linear")
+    axes.legend()
+    save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -128,7 +294,9 @@ SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
 
 def name_of(policy):
     s = policy.settings
-    return (f"{'dash' if s['objective'] == 'fisher' else 'rl'}{' from fisher' if s.get('start') else ''}, horizon {policy.horizon}, seed {s['seed']}")
+    off = [name for name, here in (("lam", s.get("lam") == 0), ("beta", s.get("beta") == 0), ("w_i", s.get("weights") is False)) if here]
+    return (f"{'dash' if s['objective'] == 'fisher' else 'rl'}{' from fisher' if s.get('start') else ''}, horizon {policy.horizon}, seed {s['seed']}"
+            f"{', without ' + ' and '.join(off) if off else ''}")
 
 
 @torch.no_grad()
@@ -182,7 +350,7 @@ def frontier(args):
             contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
             about.append((name_of(p), speedup))
     rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
-            for (name, s), r in zip(about, compare(model, examples, contenders, costs))]
+            for (name, s), r in zip(about, compare(model, examples, contenders))]
     policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
     tokens = sum(sum(e.lengths) for e in examples)
