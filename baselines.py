@@ -107,9 +107,13 @@ def whole_skips(known, speedup):
     return math.ceil(skips(known, speedup) - 1e-9)  # at least the speedup asked for
 
 
+def by_similarity(known):
+    """The blocks between first and last, the most similar first."""
+    return (known.similarity.mean(1)[1:-1].argsort(descending=True) + 1).tolist()
+
+
 def static_skip(known, speedup):
-    order = known.similarity.mean(1)[1:-1].argsort(descending=True) + 1
-    return without(known, order[: whole_skips(known, speedup)])
+    return without(known, by_similarity(known)[: whole_skips(known, speedup)])
 
 
 def unified_skip(known, speedup):

@@ -31,17 +31,22 @@ from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare
-from data import CHOICE_TASKS, is_choice, kl, load_articles, load_examples, load_text, outcomes, text_examples, windows
+from data import CHOICE_TASKS, kl, load_articles, load_examples, load_text, outcomes, text_examples, windows
 from infer import generate
 from model import KVCache, fetch_smollm2, load, read_gguf, read_json
-from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device, save_result,
-                    speedup_bits, state_shares, write_whole)
+from policy import (Fixed, Parser, Policy, bit_costs, command_line, device_name, format_table, mean_cost, most_speedup, pick_device,
+                    save_result, speedup_bits, state_shares, write_whole)
 from quant import fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, SHADES, calibrate_prices, profile, save_figure, sensitivities
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
 METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
+TEXTS = ("lm", "wikitext2", "cnn_dm")  # tasks that are text; the others are multiple choice
 WINDOW = 1024  # tokens of an evaluation window
+
+
+def policy_path(args, task):
+    return args.policy.replace("{task}", task.removesuffix("_5shot"))
 
 
 def read_policy(path, model, needed):
@@ -78,7 +83,7 @@ def make_policy(method, speedup, known, model, policy, path, samples):
     if method == "static_mix" and known.damage is None:
         if known.scale is None:
             known.scale = profile(model, samples)["norm_ratio"].tolist()
-        known.damage = sensitivities(model, text_examples(samples.view(-1, samples.shape[1] * len(samples) // 32)[:1]), known.scale)
+        known.damage = sensitivities(model, text_examples(samples[:4]), known.scale)
     return getattr(baselines, method)(known, speedup)
 
 
@@ -92,9 +97,8 @@ def with_kv(policy, kv):
 
 def measured_speedup(model, tokenizer, policy, text, tokens=48, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
-    routed = policy(torch.zeros(1, tokens + 64)) if callable(policy) else policy
-    prompt = tokenizer.decode(tokenizer.encode(text[:1000])[:32])
-    ratios = []
+    prompt, ratios = tokenizer.decode(tokenizer.encode(text[:1000])[:32]), []
+    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt)) + tokens)) if callable(policy) else policy
     for _ in range(pairs):
         speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
         ratios.append(speeds[0] / speeds[1])
@@ -123,7 +127,8 @@ def summaries(model, tokenizer, articles, policies):
         for article in articles:
             text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
             prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
-            routed = policy(torch.zeros(1, ARTICLE + SUMMARY + 100)) if callable(policy) else policy
+            length = len(tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)) + SUMMARY
+            routed = policy(torch.zeros(1, length)) if callable(policy) else policy
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
             states.append(out["states"])
@@ -137,27 +142,33 @@ METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("acc
            "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
 
 
+def sources(args, task):
+    """Where the test examples and the training text of a task come from (name, split, folder), and whether it is multiple choice."""
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least 1")
+    if task == "mc" and not args.file:
+        raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
+    test = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
+    train, choice = ("pydocs", "train", None) if args.file or task == "lm" else (task, "train", args.data_dir), task not in TEXTS
+    load_text(*test, choice), load_text(*train)  # not there, or no text: say so before anything is loaded
+    return test, train, choice
+
+
 @torch.no_grad()
 def rank(args, task, asked, limit, timed=True):
     """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
 
     A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: at least 1")
-    if task == "mc" and not args.file:
-        raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
-    choice, device = task not in ("lm", "wikitext2", "cnn_dm"), pick_device(args.device)
-    where = (args.file, None) if args.file else ("pydocs" if task == "lm" else task, "test")
-    calibration = ("pydocs", "train") if args.file or task == "lm" else (task, "train", args.data_dir)
-    text, learn = load_text(*where, args.data_dir, choice), load_text(*calibration)  # not there, or no text: say so before anything is loaded
+    (name, split, folder), train, choice = sources(args, task)
+    device, text = pick_device(args.device), load_text(name, split, folder, choice)
     if task == "cnn_dm":
         rouge()
     model, tokenizer = load(args.model, device, torch.float32)
-    path = args.policy.format(task=task.removesuffix("_5shot"))
-    policy, rows, policies = read_policy(path, model, False), [], [None]
+    path = policy_path(args, task)
+    policy, rows, policies = read_policy(path, model, False), [{"method": "full model", "target": 1.0}], [None]
     known = known_of(model, policy, args.seed)
-    samples = windows(tokenizer, learn, SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
+    samples = windows(tokenizer, load_text(*train), SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
     int4 = policy.int4 if policy else None
     model.quantize(int4=int4)
     for method, speedup in asked:
@@ -170,10 +181,10 @@ def rank(args, task, asked, limit, timed=True):
                 raise
             rows.append({"method": method, "target": speedup, "missing": str(e)})
     if task == "cnn_dm":
-        examples, metric = load_articles(task, "test", args.data_dir)[:limit], "Rouge-L"
+        examples, metric = load_articles(name, split, folder)[:limit], "Rouge-L"
     else:
-        size, metric = (model.config.block_size, "accuracy") if choice else (min(WINDOW, model.config.block_size), "perplexity")
-        examples = load_examples(*where, tokenizer, limit or 10**6, size, args.data_dir, device, choice=choice)
+        metric = "accuracy" if choice else "perplexity"
+        examples = load_examples(name, split, tokenizer, limit or 10**6, longest(model, choice), folder, device, choice=choice)
         found = compare(model, examples, policies)
         tokens = sum(sum(e.lengths) for e in examples)
     if timed or task == "cnn_dm":
@@ -184,37 +195,56 @@ def rank(args, task, asked, limit, timed=True):
         found = summaries(model, tokenizer, examples, policies)
         tokens = found[0]["tokens"]
     key, statistic = METRICS[metric]
-    for row, new, routed in zip([{"method": "full model", "target": 1.0}, *(r for r in rows if "missing" not in r)], found, policies):
+    for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
         each = new["each"][key]
         row |= {k: v for k, v in new.items() if k != "raw"}
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
         if timed:
             row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, text)
-        rows = [row, *rows] if routed is None else rows
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
+
+
+def size_of(args, default):
+    """How many examples to use: --limit, or all with --full (None), or the default."""
+    return args.limit or (None if args.full else default)
+
+
+def longest(model, choice):
+    """Tokens of an example: an item may fill the context, text comes in windows."""
+    return model.config.block_size if choice else min(WINDOW, model.config.block_size)
+
+
+def publish(args, name, model, figure, **content):
+    """Write results/NAME.json and, if there is a figure, NAME.png; print the table."""
+    path = Path(args.results) / f"{name}.json"
+    save_result(path, model.embed.weight.device, model, args.seed, **content)
+    if figure:
+        save_figure(figure, path.with_suffix(".png"))
+    print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {path.stem}.png' if figure else ''}\n", flush=True)
 
 
 def evaluate(args):
     task = args.task or "lm"
-    default = 8 if task in ("lm", "wikitext2", "cnn_dm") else 100
-    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], None if args.full else default if args.limit is None else args.limit)
-    unit = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric]
-    print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}] (full model {full['value']:.3f}), "
-          f"{f'KL {row['kl']:.4f} nats, ' if 'kl' in row else ''}{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {facts['n']} {unit}, "
-          f"{facts['tokens']} tokens, INT4 codes: {facts['int4']}")
+    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], size_of(args, 8 if task in TEXTS else 100))
+    unit, (low, high) = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], row["interval"]
+    distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
+    print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{low:.3f}, {high:.3f}] (full model {full['value']:.3f}), {distance}"
+          f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {facts['n']} {unit}, {facts['tokens']} tokens, "
+          f"INT4 codes: {facts['int4']}")
     if args.json:
         print(json.dumps({
             "task": task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
             "speedup_measured": row["measured"], "metric": metric, "value": row["value"], "value_full": full["value"],
-            "interval": row["interval"]} | {k: row[k] for k in ("kl", "top1", "states") if k in row} | {
-            "int4": facts["int4"], "n": facts["n"], "tokens": facts["tokens"], "device": str(pick_device(args.device)), "model": args.model}))
+            "interval": row["interval"], "int4": facts["int4"], "n": facts["n"], "tokens": facts["tokens"],
+            "device": str(pick_device(args.device)), "model": args.model} | {k: row[k] for k in ("kl", "top1", "states") if k in row}))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # table
 
 TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 40, "mmlu_5shot": 12, "arc_challenge": 40, "arc_easy": 40}  # examples without --full
-PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc", "arc_challenge": "arc_c_acc"}
+PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
+          "arc_challenge": "arc_c_acc"}  # what paper.json calls a task
 ASKED = (1.33, 1.67, 2.0)
 
 
@@ -222,18 +252,15 @@ def table(args):
     for task in [args.task] if args.task else TASKS:
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
         asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
-        limit = None if args.full else TASKS.get(task, 8) if args.limit is None else args.limit
-        metric, rows, model, facts = rank(args, task, asked, limit, timed=task in ("lm", "wikitext2", "cnn_dm"))
+        metric, rows, model, facts = rank(args, task, asked, size_of(args, TASKS.get(task, 4)), timed=task in TEXTS)
         header, cells = table_cells(rows, metric)
         markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
-        trained = facts["policy"] or f"no policy: make {args.policy.format(task=task)} with python train.py --data {task} --data-dir DIR"
-        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens), {metric}{', %' if metric != 'perplexity' else ''}. Each cell: value [95% interval], in "
-                   f"brackets the speedup in bits{' and the measured one of batch-1 decoding' if 'measured' in rows[0] else ''}. INT4 codes: "
-                   f"{facts['int4']}; dash: {trained}.")
-        path = Path(args.results) / f"table-{task}.json"
-        save_result(path, model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, metric=metric, rows=rows, **facts)
-        table_chart(path.with_suffix(".png"), rows, task, metric)
-        print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}", flush=True)
+        trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
+        how = "in bits and measured in batch-1 decoding" if "measured" in rows[0] else "in bits"
+        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
+                   f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
+        publish(args, f"table-{task}", model, table_chart(rows, task, metric), caption=caption, markdown=markdown, metric=metric, rows=rows,
+                **facts)
 
 
 def table_cells(rows, metric):
@@ -263,27 +290,30 @@ def paper_tables(key):
     for model, tasks in paper["tables"].items():
         if key in tasks:
             full, *rest = tasks[key].items()
-            out.append(format_table([f"the paper's numbers, {model}", *paper["speedups"]], [["full model", full[1], "", ""], *([m, *v] for m, v in rest)]))
+            header, first = [f"the paper's numbers, {model}", *paper["speedups"]], ["full model", full[1], "", ""]
+            out.append(format_table(header, [first, *([method, *values] for method, values in rest)]))
     return out
 
 
-def table_chart(path, rows, task, metric):
+def table_chart(rows, task, metric):
     """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
     x = "measured" if "measured" in rows[0] else "speedup"
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, colors = figure.subplots(), iter([f"tab:{c}" for c in ("gray", "olive", "cyan", "pink", "purple", "brown", "green", "red", "blue")] * 2)
+    axes, colors = figure.subplots(), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
     axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
     axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
-    for method in dict.fromkeys(r["method"] for r in rows[1:] if "missing" not in r):
-        those = sorted((r[x], r["value"]) for r in rows if r["method"] == method and "missing" not in r)
-        single = method in ("int8", "int4")
-        axes.plot(*zip(*those), marker="s" if single else "o", markersize=5, color="black" if single else next(colors), linewidth=2.5 if method == "dash" else 1.2, label=None if single else method)
-        if single:
-            axes.annotate(method.upper(), those[0], xytext=(6, -12), textcoords="offset points")
-    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric, title=f"{task}, test",
-             yscale="log" if metric == "perplexity" else "linear")
+    there = [r for r in rows[1:] if "missing" not in r]
+    for method in dict.fromkeys(r["method"] for r in there):
+        points = sorted((r[x], r["value"]) for r in there if r["method"] == method)
+        if method in ("int8", "int4"):
+            axes.plot(*points[0], marker="s", color="black")
+            axes.annotate(method.upper(), points[0], xytext=(6, -12), textcoords="offset points")
+        else:
+            axes.plot(*zip(*points), marker="o", markersize=5, color=next(colors), linewidth=2.5 if method == "dash" else 1.2, label=method)
+    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric,
+             title=f"{task}, test", yscale="log" if metric == "perplexity" else "linear")
     axes.legend()
-    save_figure(figure, path)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -294,9 +324,9 @@ SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
 
 def name_of(policy):
     s = policy.settings
-    off = [name for name, here in (("lam", s.get("lam") == 0), ("beta", s.get("beta") == 0), ("w_i", s.get("weights") is False)) if here]
-    return (f"{'dash' if s['objective'] == 'fisher' else 'rl'}{' from fisher' if s.get('start') else ''}, horizon {policy.horizon}, seed {s['seed']}"
-            f"{', without ' + ' and '.join(off) if off else ''}")
+    kind = "dash" if s["objective"] == "fisher" else "rl from fisher" if s.get("start") else "rl"
+    off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
+    return f"{kind}, horizon {policy.horizon}, seed {s['seed']}{''.join(off)}"
 
 
 @torch.no_grad()
@@ -632,36 +662,225 @@ def speed_chart(path, result, device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# ablation
+# ablation, figures, transfer
+
+
+def at_hand(args, task, limit):
+    """What ablation and figures start from: model with the policy's INT4 codes, tokenizer, policies (--policy and those of --compare),
+    what is known of the model, test examples of a task, and the training samples (n, T) that it is known from."""
+    (name, split, folder), train, choice = sources(args, task)
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, device, torch.float32)
+    policies = [read_policy(path, model, True) for path in [args.policy, *args.compare]]
+    for path, other in zip(args.compare, policies[1:]):
+        if other.int4 != policies[0].int4:
+            raise ValueError(f"{path} has other INT4 codes than {args.policy}; train both on the same data")
+    model.quantize(int4=policies[0].int4)
+    samples = windows(tokenizer, load_text(*train), SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
+    known = known_of(model, policies[0], args.seed)
+    baselines.observe(known, model, samples)
+    examples = load_examples(name, split, tokenizer, limit or 10**6, longest(model, choice), folder, device, choice=choice)
+    return model, tokenizer, policies, known, examples, samples
+
+
+def variant(policy, model, examples, speedups, **change):
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked."""
+    policy = copy.copy(policy)
+    for name, value in change.items():
+        setattr(policy, name, value)
+    policy.costs = bit_costs(model.config, policy).to(policy.costs.device)
+    calibrate_prices(policy, model, examples, speedups, [4 / s for s in speedups])
+    return [copy.copy(policy).at(s) for s in speedups]
 
 
 @torch.no_grad()
 def ablation(args):
-    """What single choices are worth: the form of a_i (Eq 7), and the INT8 head of generation."""
-    device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.float32)
-    model.quantize()
-    size = min(WINDOW, model.config.block_size)
-    train_text, test_text = load_text("pydocs", "train"), load_text("pydocs", "test")
-    found = profile(model, windows(tokenizer, train_text, SAMPLES, SAMPLE_TOKENS, spread=True).to(device))
-    few = windows(tokenizer, test_text, 1, min(256, size), spread=True).to(device)
-    skip = {}
-    for name, scale in (("none, a_i = 1", [1.0] * model.config.n_layer), ("least squares", found["least_squares"].tolist()),
-                        ("norm ratio", found["norm_ratio"].tolist())):
+    """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
+    task = args.task or "lm"
+    model, tokenizer, policies, known, examples, samples = at_hand(args, task, size_of(args, 4 if task in TEXTS else 40))
+    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, samples)
+    choice = examples[0].choices is not None
+    of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
+    try:
+        static = [baselines.static_skip(known, s) for s in ASKED]
+    except ValueError as e:
+        raise ValueError(f"{e}: this model has too few blocks for the ablation") from None
+    table = {"naive static skipping": static, "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
+             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {name_of(policy)}": of()}
+    table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
+              "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
+    table |= {name_of(p): of(p) for p in policies[1:]}
+    full, *found = compare(model, examples, [None, *(p for row in table.values() for p in row)])
+    key, unit = ("accuracy", 100) if choice else ("nats", 1)
+    rows = [{"name": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+            for (name, s), r in zip([(name, s) for name in table for s in ASKED], found)]
+
+    def cell(r):
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], full["each"][key])
+        return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
+
+    few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(samples.device)
+    skip, least = {}, forms["least_squares"].tolist()
+    for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
         damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
         skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
-    rows = load_examples("pydocs", "test", tokenizer, args.limit or 8, size, device=device)
-    [plain] = compare(model, rows, [None], bit_costs(model.config))
     model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
-    [int8] = compare(model, rows, [None], bit_costs(model.config))
-    path = Path(args.results) / "ablation.json"
-    header = [f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens", "KL when one block is skipped: mean over blocks", "median", "worst"]
-    markdown = format_table(header,
-                            [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()])
-    markdown += f"\n\nHead of generation, {args.limit or 8} windows: {plain['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."
-    save_result(path, device, model, args.seed, caption="Held-out pydocs.", markdown=markdown, skip_tokens=few.numel(), skip_kl=skip,
-                head_nats={"16 bits": plain["nats"], "INT8": int8["nats"]})
-    print(f"{markdown}\n\nwrote {path}")
+    [int8] = compare(model, examples, [None])
+    markdown = "\n\n".join([
+        format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *(cell(r) for r in rows if r["name"] == name)] for name in table]),
+        *paper_tables("ablation"),
+        format_table([f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens of pydocs", "KL when one block is skipped: mean over blocks",
+                      "median", "worst"], [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()]),
+        f"Head of generation: {full['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."])
+    caption = (f"{task}, test, n = {len(examples)}: change of {'accuracy, points' if choice else 'nats'} against the full model "
+               f"({unit * full[key]:.4g}) [95% interval] (speedup in bits). One scorer, restricted to the states named and priced to cost on "
+               "this text what the column asks.")
+    publish(args, "ablation", model, None, caption=caption, markdown=markdown, rows=rows, n=len(examples), skip_tokens=few.numel(),
+            skip_kl=skip, head_nats={"16 bits": full["nats"], "INT8": int8["nats"]})
+
+
+@torch.no_grad()
+def figures(args):
+    """The paper's Figures 1, 2 and 4 on test text; the accuracy of Figure 1 on items of --task."""
+    task = args.task or "arc_easy"
+    if task in TEXTS:
+        raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
+    model, tokenizer, policies, known, items, samples = at_hand(args, task, size_of(args, 60))
+    source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
+    size = min(256, model.config.block_size)
+    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(samples.device)
+    x, rope, h = model.embed(rows).flatten(0, 1), model.rope(0, rows.shape[1]), []
+    for block in model.blocks:
+        h.append(x)
+        x = block(x, len(rows), [(4, None)], 1.0, rope)
+    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, x]])  # (L + 1, N, C), without first tokens
+    similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
+    what = f"{source[0]}, test, {similarity.shape[1]} tokens"
+    figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
+    figure2(args, model, known, rows, similarity, what)
+    figure4(args, model, policies, rows, similarity, what)
+
+
+def figure1(args, model, known, h, similarity, items, what):
+    """Blocks that change little, and what skipping them costs."""
+    L, order, unit = known.L, baselines.by_similarity(known), F.normalize(h, dim=-1)
+    pairs = torch.stack([(unit * one).sum(-1).mean(1) for one in unit]).cpu()
+    counts = range(min(9, L - 1))
+    each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
+    right, spans = [sum(e) / len(e) for e in each], [bootstrap(lambda v: v.mean(1), e) for e in each]
+    figure, blocks = Figure(figsize=(15, 4), layout="constrained"), range(1, L + 1)
+    a, b, c = figure.subplots(1, 3)
+    a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
+    a.fill_between(blocks, *(torch.stack([one.quantile(q) for one in similarity]) for q in (0.1, 0.9)), alpha=0.2)
+    a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
+    figure.colorbar(b.imshow(pairs, origin="lower", vmin=0), ax=b)
+    b.set(xlabel="j", ylabel="i", title="Cosine of $h_i$ and $h_j$; adjacent blocks beside the diagonal")
+    c.errorbar(counts, right, [[v - s[0] for v, s in zip(right, spans)], [s[1] - v for v, s in zip(right, spans)]], marker="o", capsize=3)
+    c.set(xlabel="most similar blocks skipped", ylabel="accuracy", title=f"{len(items)} items")
+    beyond = next((i for i in blocks if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
+    cells = [[n, order[n - 1] + 1 if n else "", f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+             for n, v, (low, high) in zip(counts, right, spans)]
+    markdown = format_table(["blocks skipped", "the last of them", "accuracy, %"], cells) + (
+        f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'not even in the last block'}.")
+    publish(args, "figure1", model, figure, caption=f"The paper's Figure 1. {what}.", markdown=markdown,
+            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right)
+
+
+def figure2(args, model, known, rows, similarity, what):
+    """Is a token safe to skip where its similarity is high? Next tokens with the most similar tenth of the blocks skipped."""
+    skipped, kind = baselines.by_similarity(known)[: max(1, known.L // 10)], []
+    for row in rows[:, None]:
+        ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
+        kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
+    kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
+    figure, cells = Figure(figsize=(8, 4), layout="constrained"), []
+    axes = figure.subplots()
+    for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
+        here = of_tokens[:, kind == k]
+        if here.shape[1]:
+            axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
+            low, high = bootstrap(lambda v: v.mean(1), here[skipped].mean(0).tolist(), draws=500)
+            cells.append([name, here.shape[1], f"{here.mean():.4f}", f"{here[skipped].mean():.4f} [{low:.4f}, {high:.4f}]"])
+    axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
+    axes.legend()
+    header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
+    caption = f"The paper's Figure 2. {what}; without blocks {', '.join(str(i + 1) for i in sorted(skipped))}."
+    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells))
+
+
+def figure4(args, model, policies, rows, similarity, what):
+    """States against similarity at three speeds, and how early in the model a policy dares to skip."""
+    policy, decided = policies[0], similarity[1:].flatten()
+    speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
+    figure, cells, early = Figure(figsize=(5 * len(speedups) + 5, 4), layout="constrained"), [], []
+    *panels, last = figure.subplots(1, len(speedups) + 1, squeeze=False)[0]
+    tenth = torch.empty(len(decided), dtype=torch.int64)
+    tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
+    for speedup, axes in zip(speedups, panels):
+        model.hidden(rows, policy.at(speedup))
+        states, bottom, cell = policy.states[1:, :, 1:].flatten().cpu(), torch.zeros(10), {}
+        for s, label, color in SHADES:
+            share = torch.stack([(states[tenth == k] == s).float().mean() for k in range(10)])
+            axes.bar(range(1, 11), share, bottom=bottom, width=1.0, label=label, color=color, edgecolor="white")
+            bottom += share
+            here = states == s
+            cell[label] = f"{decided[here].mean():.3f} ({100 * here.float().mean():.0f}%)" if here.any() else ""
+        axes.set(xlabel="tenth of (block, token) by similarity", ylabel="share of states", title=f"{speedup:g}x")
+        axes.legend(loc="lower left")
+        cells.append([f"{speedup:g}x", *cell.values()])
+    for p in policies:
+        [p] = variant(p, model, text_examples(rows), [1.33], allowed=(0, 4))
+        model.hidden(rows, p)
+        rate = (p.states == 0).float().mean((1, 2)).tolist()
+        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=name_of(p))
+        early.append([name_of(p), *(f"{100 * v:.0f}%" for v in rate[1:9])])
+    last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x")
+    last.legend()
+    markdown = "\n\n".join([
+        format_table(["mean similarity of what runs in (share)", *(label for _, label, _ in SHADES)], cells),
+        format_table(["skip rate, states 0 and 4 only, 1.33x; block", *range(2, len(early[0]) + 1)], early)])
+    caption = (f"The paper's Figure 4. {what}; similarities are the full model's. Horizon 0 decides a block from its own input, 1 from the "
+               "input of the block before (the paper).")
+    publish(args, "figure4", model, figure, caption=caption, markdown=markdown)
+
+
+@torch.no_grad()
+def transfer(args):
+    """The paper's Figure 5: a policy trained on each task, tested on each, by KL to the full model."""
+    tasks = [t for t in TASKS if t != "mmlu_5shot"]
+    files = {t: policy_path(args, t) for t in tasks}
+    there = {t: f for t, f in files.items() if Path(f).is_file()}
+    if len(set(files.values())) < len(files) or not there:
+        raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
+                         f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
+    where = {t: sources(args, t) for t in tasks}
+    model, tokenizer = load(args.model, pick_device(args.device), torch.float32)
+    examples = {t: load_examples(t, "test", tokenizer, size_of(args, 40 if choice else 4) or 10**6, longest(model, choice), args.data_dir,
+                                 model.embed.weight.device) for t, (_, _, choice) in where.items()}
+    found, cells = {}, []
+    for trained, file in tqdm(there.items(), desc="policies"):
+        policy = read_policy(file, model, True)
+        model.quantize(int4=policy.int4)
+        found[trained] = {}
+        for tested in tasks:
+            full, row = compare(model, examples[tested], [None, *variant(policy, model, examples[tested], [args.speedup])])
+            key, unit = ("accuracy", 100) if where[tested][2] else ("nats", 1)
+            found[trained][tested] = {"kl": row["kl"], "interval": bootstrap(lambda v: v.mean(1), row["each"]["kl"]),
+                                      "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
+        cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
+                                 for r in found[trained].values())])
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
+    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r"), ax=axes)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30)
+    axes.set_yticks(range(len(there)), there)
+    axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
+    missing = [t for t in tasks if t not in there]
+    n = ", ".join(str(len(e)) for e in examples.values())
+    caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], change of accuracy in points or of nats (speedup in bits); priced on the test text."
+               + (f" No policy yet for {', '.join(missing)}." if missing else ""))
+    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -687,23 +906,28 @@ def report(args):
 
 def main():
     p = Parser(__doc__)
-    p.add_argument("command", nargs="?", default="eval", choices=["eval", "frontier", "speed", "ablation", "report"])
-    p.add_argument("--task", default="lm", choices=["lm", "wikitext2", *CHOICE_TASKS, "mc"], help="lm reads --file, or held-out pydocs without it")
+    commands = {"eval": evaluate, "table": table, "frontier": frontier, "speed": speed, "ablation": ablation, "figures": figures,
+                "transfer": transfer, "report": report}
+    p.add_argument("command", nargs="?", default="eval", choices=commands)
+    p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
+                   help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS)
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
-    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash, frontier and speed")
-    p.add_argument("--compare", nargs="*", default=[], help="frontier: more policies, of other objectives, horizons or seeds")
+    p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval: keys and values of skipped tokens; default the method's own")
+    p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
+    p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--model", default="smollm2")
-    p.add_argument("--limit", type=int, help="windows of 1,024 tokens (default 8) or items (default 100) to evaluate, from the start")
+    p.add_argument("--limit", type=int, help="windows of 1,024 tokens, items or articles, from the start; eval: default 8, 100 and 8")
+    p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
     p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
-    {"eval": evaluate, "frontier": frontier, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -543,6 +543,9 @@ def save_base(model, path):
 # 5 Compare
 
 
+SHADES = ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8"))  # of the states
+
+
 def plot(path, log, states, names, rows):
     """Three panels: training, KL by method, states by block."""
     figure = Figure(figsize=(15, 4), layout="constrained")
@@ -558,7 +561,7 @@ def plot(path, log, states, names, rows):
     b.set(xlabel="KL to the full model, nats", title="Held-out")
     b.locator_params(axis="x", nbins=5)
     bottom = torch.zeros(len(states))
-    for s, label, color in ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8")):
+    for s, label, color in SHADES:
         share = (states == s).float().mean(1)
         c.bar(range(1, len(states) + 1), share, bottom=bottom, label=label, color=color, width=1.0, edgecolor="white")
         bottom += share
