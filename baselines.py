@@ -49,6 +49,7 @@ class Known:
     seed: int = 0
     scale: list = None  # a_i
     config: object = None  # of the model
+    samples: torch.Tensor = None  # (n, T) tokens of training text
     similarity: torch.Tensor = None  # (L, N) cosine of input and output of every block and token
     sublayers: torch.Tensor = None  # (2 L, N) the same of attention and MLP in turn
     ratio: torch.Tensor = None  # (2 L,) their mean |output| / |input|
@@ -71,8 +72,9 @@ def int4(known, speedup):
 
 
 @torch.no_grad()
-def observe(known, model, tokens):
-    """Fill in `similarity`, `sublayers` and `ratio` from the full model on tokens (B, T), the first of each row left out."""
+def observe(known, model):
+    """Fill in `similarity`, `sublayers` and `ratio` from the full model on `samples`, the first token of each left out."""
+    tokens = known.samples
     (B, T), x, rope, run = tokens.shape, model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1]), [(4, None)]
     later = lambda t: t.view(B, T, -1)[:, 1:].flatten(0, 1).float()
     blocks, halves, ratio = [], [], []

@@ -70,8 +70,8 @@ def known_of(model, policy, seed):
     return known
 
 
-def make_policy(method, speedup, known, model, policy, path, samples):
-    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; samples (n, T): training text."""
+def make_policy(method, speedup, known, model, policy, path):
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; measures what it has to go by."""
     if method in ("dash", "position_mix") and policy is None:
         read_policy(path, model, True)  # says why there is none
     if method == "dash":
@@ -79,11 +79,10 @@ def make_policy(method, speedup, known, model, policy, path, samples):
     if method == "position_mix" and known.position_damage is None:
         raise ValueError(f"{path} has no position_damage, which {method} goes by; train it again with train.py --objective fisher")
     if method in SKIPS and known.similarity is None:
-        baselines.observe(known, model, samples)
+        baselines.observe(known, model)
     if method == "static_mix" and known.damage is None:
-        if known.scale is None:
-            known.scale = profile(model, samples)["norm_ratio"].tolist()
-        known.damage = sensitivities(model, text_examples(samples[:4]), known.scale)
+        known.scale = profile(model, known.samples)["norm_ratio"].tolist()
+        known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
     return getattr(baselines, method)(known, speedup)
 
 
@@ -95,9 +94,9 @@ def with_kv(policy, kv):
     return policy
 
 
-def measured_speedup(model, tokenizer, policy, text, tokens=48, pairs=3):
+def measured_speedup(model, tokenizer, policy, prompt, tokens=48, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
-    prompt, ratios = tokenizer.decode(tokenizer.encode(text[:1000])[:32]), []
+    ratios = []
     routed = policy(torch.zeros(1, len(tokenizer.encode(prompt)) + tokens)) if callable(policy) else policy
     for _ in range(pairs):
         speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
@@ -142,76 +141,68 @@ METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("acc
            "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
 
 
-def sources(args, task):
-    """Where the test examples and the training text of a task come from (name, split, folder), and whether it is multiple choice."""
+def at_hand(args, task, default, path, needed=True):
+    """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
+    test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1")
     if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
-    test = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
-    train, choice = ("pydocs", "train", None) if args.file or task == "lm" else (task, "train", args.data_dir), task not in TEXTS
-    load_text(*test, choice), load_text(*train)  # not there, or no text: say so before anything is loaded
-    return test, train, choice
+    choice, device = task not in TEXTS, pick_device(args.device)
+    name, split, folder = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
+    load_text(name, split, folder, choice)  # not there, or no text: say so before anything is loaded
+    text = load_text("pydocs", "train") if args.file or task == "lm" else load_text(task, "train", args.data_dir)
+    model, tokenizer = load(args.model, device, torch.float32)
+    policies = [read_policy(path, model, needed), *(read_policy(other, model, True) for other in args.compare)]
+    int4 = policies[0].int4 if policies[0] else None
+    for other, policy in zip(args.compare, policies[1:]):
+        if policy.int4 != int4:
+            raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
+    model.quantize(int4=int4)
+    known, context = known_of(model, policies[0], args.seed), model.config.block_size
+    known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
+    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(WINDOW, context)
+    return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
 
 
 @torch.no_grad()
-def rank(args, task, asked, limit, timed=True):
+def rank(args, task, asked, default, timed=True):
     """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
 
     A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
     """
-    (name, split, folder), train, choice = sources(args, task)
-    device, text = pick_device(args.device), load_text(name, split, folder, choice)
     if task == "cnn_dm":
         rouge()
-    model, tokenizer = load(args.model, device, torch.float32)
-    path = policy_path(args, task)
-    policy, rows, policies = read_policy(path, model, False), [{"method": "full model", "target": 1.0}], [None]
-    known = known_of(model, policy, args.seed)
-    samples = windows(tokenizer, load_text(*train), SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
-    int4 = policy.int4 if policy else None
-    model.quantize(int4=int4)
+    path, metric = policy_path(args, task), "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
+    rows, policies = [{"method": "full model", "target": 1.0}], [None]
     for method, speedup in asked:
+        rows.append({"method": method, "target": speedup})
         try:
-            routed = make_policy(method, speedup, known, model, policy, path, samples)
+            routed = make_policy(method, speedup, known, model, policy, path)
             policies.append(with_kv(routed, args.kv) if args.kv else routed)
-            rows.append({"method": method, "target": speedup})
         except (ValueError, FileNotFoundError) as e:
             if len(asked) == 1:
                 raise
-            rows.append({"method": method, "target": speedup, "missing": str(e)})
-    if task == "cnn_dm":
-        examples, metric = load_articles(name, split, folder)[:limit], "Rouge-L"
-    else:
-        metric = "accuracy" if choice else "perplexity"
-        examples = load_examples(name, split, tokenizer, limit or 10**6, longest(model, choice), folder, device, choice=choice)
-        found = compare(model, examples, policies)
-        tokens = sum(sum(e.lengths) for e in examples)
-    if timed or task == "cnn_dm":
+            rows[-1]["missing"] = str(e)
+    prompt, int4 = tokenizer.decode(examples[0].rows[0, :32]), policy.int4 if policy else None
+    found = compare(model, examples, policies) if task != "cnn_dm" else None
+    if timed:
         del model
-        model, tokenizer = load(args.model, device, torch.bfloat16)
+        model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
         model.quantize(real=True, int4=int4)
     if task == "cnn_dm":
+        examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else default)]
         found = summaries(model, tokenizer, examples, policies)
-        tokens = found[0]["tokens"]
     key, statistic = METRICS[metric]
     for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
-        each = new["each"][key]
         row |= {k: v for k, v in new.items() if k != "raw"}
+        each = row["each"][key]
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
         if timed:
-            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, text)
+            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+    tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
-
-
-def size_of(args, default):
-    """How many examples to use: --limit, or all with --full (None), or the default."""
-    return args.limit or (None if args.full else default)
-
-
-def longest(model, choice):
-    """Tokens of an example: an item may fill the context, text comes in windows."""
-    return model.config.block_size if choice else min(WINDOW, model.config.block_size)
 
 
 def publish(args, name, model, figure, **content):
@@ -225,7 +216,7 @@ def publish(args, name, model, figure, **content):
 
 def evaluate(args):
     task = args.task or "lm"
-    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], size_of(args, 8 if task in TEXTS else 100))
+    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
     unit, (low, high) = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], row["interval"]
     distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
     print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{low:.3f}, {high:.3f}] (full model {full['value']:.3f}), {distance}"
@@ -252,7 +243,7 @@ def table(args):
     for task in [args.task] if args.task else TASKS:
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
         asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
-        metric, rows, model, facts = rank(args, task, asked, size_of(args, TASKS.get(task, 4)), timed=task in TEXTS)
+        metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS)
         header, cells = table_cells(rows, metric)
         markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
@@ -332,18 +323,9 @@ def name_of(policy):
 @torch.no_grad()
 def frontier(args):
     """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
-    device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.float32)
-    policies = [read_policy(path, model, True) for path in [args.policy, *args.compare]]
-    policy = policies[0]
-    for path, other in zip(args.compare, policies[1:]):
-        if other.int4 != policy.int4:
-            raise ValueError(f"{path} has other INT4 codes than {args.policy}; train both on the same data")
-    model.quantize(int4=policy.int4)
     task = "wikitext2" if args.data_dir else "pydocs"
-    size = min(WINDOW, model.config.block_size)
-    examples = load_examples(task, "test", tokenizer, args.limit or 8, size, args.data_dir, device)
-    known = known_of(model, policy, args.seed)
+    model, tokenizer, policies, known, examples = at_hand(args, "wikitext2" if args.data_dir else "lm", 8, args.policy)
+    policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
     costs = known.costs
@@ -665,24 +647,6 @@ def speed_chart(path, result, device):
 # ablation, figures, transfer
 
 
-def at_hand(args, task, limit):
-    """What ablation and figures start from: model with the policy's INT4 codes, tokenizer, policies (--policy and those of --compare),
-    what is known of the model, test examples of a task, and the training samples (n, T) that it is known from."""
-    (name, split, folder), train, choice = sources(args, task)
-    device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.float32)
-    policies = [read_policy(path, model, True) for path in [args.policy, *args.compare]]
-    for path, other in zip(args.compare, policies[1:]):
-        if other.int4 != policies[0].int4:
-            raise ValueError(f"{path} has other INT4 codes than {args.policy}; train both on the same data")
-    model.quantize(int4=policies[0].int4)
-    samples = windows(tokenizer, load_text(*train), SAMPLES, min(SAMPLE_TOKENS, model.config.block_size), spread=True).to(device)
-    known = known_of(model, policies[0], args.seed)
-    baselines.observe(known, model, samples)
-    examples = load_examples(name, split, tokenizer, limit or 10**6, longest(model, choice), folder, device, choice=choice)
-    return model, tokenizer, policies, known, examples, samples
-
-
 def variant(policy, model, examples, speedups, **change):
     """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked."""
     policy = copy.copy(policy)
@@ -697,15 +661,13 @@ def variant(policy, model, examples, speedups, **change):
 def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
     task = args.task or "lm"
-    model, tokenizer, policies, known, examples, samples = at_hand(args, task, size_of(args, 4 if task in TEXTS else 40))
-    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, samples)
+    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), args.policy)
+    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
+    baselines.observe(known, model)
     choice = examples[0].choices is not None
     of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
-    try:
-        static = [baselines.static_skip(known, s) for s in ASKED]
-    except ValueError as e:
-        raise ValueError(f"{e}: this model has too few blocks for the ablation") from None
-    table = {"naive static skipping": static, "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
+    table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
+             "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
              "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {name_of(policy)}": of()}
     table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
               "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
@@ -719,7 +681,7 @@ def ablation(args):
         low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], full["each"][key])
         return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
 
-    few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(samples.device)
+    few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
     skip, least = {}, forms["least_squares"].tolist()
     for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
         damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
@@ -745,10 +707,11 @@ def figures(args):
     task = args.task or "arc_easy"
     if task in TEXTS:
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
-    model, tokenizer, policies, known, items, samples = at_hand(args, task, size_of(args, 60))
+    model, tokenizer, policies, known, items = at_hand(args, task, 60, args.policy)
+    baselines.observe(known, model)
     source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
-    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(samples.device)
+    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(known.samples.device)
     x, rope, h = model.embed(rows).flatten(0, 1), model.rope(0, rows.shape[1]), []
     for block in model.blocks:
         h.append(x)
@@ -853,20 +816,16 @@ def transfer(args):
     if len(set(files.values())) < len(files) or not there:
         raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
                          f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
-    where = {t: sources(args, t) for t in tasks}
-    model, tokenizer = load(args.model, pick_device(args.device), torch.float32)
-    examples = {t: load_examples(t, "test", tokenizer, size_of(args, 40 if choice else 4) or 10**6, longest(model, choice), args.data_dir,
-                                 model.embed.weight.device) for t, (_, _, choice) in where.items()}
-    found, cells = {}, []
-    for trained, file in tqdm(there.items(), desc="policies"):
-        policy = read_policy(file, model, True)
-        model.quantize(int4=policy.int4)
+    found, cells, sizes = {}, [], {}
+    for trained, file in there.items():
         found[trained] = {}
-        for tested in tasks:
-            full, row = compare(model, examples[tested], [None, *variant(policy, model, examples[tested], [args.speedup])])
-            key, unit = ("accuracy", 100) if where[tested][2] else ("nats", 1)
+        for tested in tqdm(tasks, desc=trained):
+            model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
+            full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
+            key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
             found[trained][tested] = {"kl": row["kl"], "interval": bootstrap(lambda v: v.mean(1), row["each"]["kl"]),
                                       "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
+            sizes[tested] = len(examples)
         cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
                                  for r in found[trained].values())])
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -877,8 +836,9 @@ def transfer(args):
     axes.set_yticks(range(len(there)), there)
     axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
     missing = [t for t in tasks if t not in there]
-    n = ", ".join(str(len(e)) for e in examples.values())
-    caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], change of accuracy in points or of nats (speedup in bits); priced on the test text."
+    n = ", ".join(map(str, sizes.values()))
+    caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
+               "change of accuracy in points or of nats (speedup in bits); priced on the test text."
                + (f" No policy yet for {', '.join(missing)}." if missing else ""))
     publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found)
 

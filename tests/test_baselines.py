@@ -28,7 +28,8 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def known(model):
     known = baselines.Known(L, bit_costs(model.config), config=model.config, scale=[1.0] * L, damage=torch.rand(L, 4).sort(descending=True)[0])
-    baselines.observe(known, model, torch.randint(0, 300, (8, 32)))
+    known.samples = torch.randint(0, 300, (8, 32))
+    baselines.observe(known, model)
     known.position_damage = known.damage.expand(11, -1, -1)
     return known
 
@@ -119,8 +120,9 @@ def test_exits_leave_for_good(model, known):
 @torch.no_grad()
 def test_observe_by_hand(model):
     """Similarities and norm ratios of blocks, attention and MLP against a plain pass, first tokens left out."""
-    tokens, known = torch.randint(0, 300, (2, 12)), baselines.Known(L, None)
-    baselines.observe(known, model, tokens)
+    tokens = torch.randint(0, 300, (2, 12))
+    known = baselines.Known(L, None, samples=tokens)
+    baselines.observe(known, model)
     x = model.embed(tokens).flatten(0, 1)
     for i, block in enumerate(model.blocks):
         y = block(x, 2, [(4, None)], 1.0, model.rope(0, 12))

@@ -10,7 +10,7 @@ import torch
 import bench
 from baselines import compare
 from conftest import ROOT, script, tiny_folder
-from data import item_examples, load_articles, load_items, load_text, outcomes, question
+from data import item_examples, load_articles, load_items, load_text, question
 from model import load
 from policy import Fixed
 from test_routing import random_policy
