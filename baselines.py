@@ -24,7 +24,7 @@ ValueError where the speedup is out of reach.
 The mixes and best_static are ours, to ask what choosing per token is worth at equal cost. `compare` measures all of them. Keys
 and values: where what is skipped is the same for all tokens or only grows along the text, no later token asks for them, so they
 are not made and a skip costs nothing (kv "none"); for confident_exit, random_skip and the mixes a skip fills them, as for DASH.
-All keep the first block in state 4, and all but the exits and adaskip run the last.
+The first block runs in state 4 and, but for the exits, the last one runs too; adaskip alone is free to skip either.
 """
 
 import heapq
