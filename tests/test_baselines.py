@@ -258,13 +258,17 @@ def test_allowed_states_only(model):
 @torch.no_grad()
 def test_horizon_0_reads_the_blocks_own_input(model):
     assert [list(plan(i, 4, 0)) for i in range(4)] == [[], [1], [2], [3]]
-    policy, tokens = random_policy(model, 1, 0), torch.randint(0, 300, (1, 30))
-    model(tokens, policy)
-    before = policy.states.clone()
-    changed = copy.deepcopy(model)
-    changed.blocks[2].down.weight.data.normal_(std=5)  # changes h_3, the input of block 4
-    changed(tokens, policy)
-    assert torch.equal(policy.states[:3], before[:3]) and not torch.equal(policy.states[3], before[3])
+    tokens, changed = torch.randint(0, 300, (2, 60)), copy.deepcopy(model)
+    changed.blocks[0].down.weight.data.normal_(std=5)  # changes h_1, the input of block 2
+    moved = {0: 0, 1: 0}
+    for horizon in moved:
+        for seed in range(4):
+            policy = random_policy(model, seed, horizon)
+            model(tokens, policy)
+            before = policy.states[1].clone()
+            changed(tokens, policy)
+            moved[horizon] += (policy.states[1] != before).sum().item()
+    assert moved[0] > 0 == moved[1]
 
 
 def test_rewards_without_weights():
