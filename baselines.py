@@ -1,29 +1,43 @@
 """The compared methods as policies: each says in which state every token runs every block, one routed forward runs them all.
 
 A method is a function of what is known (`Known`) and of the speedup it is asked for (in bits). It returns what `LLM.forward`
-takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T) that returns one. All
-keep the first block in state 4 and never skip the last. A skipped block fills keys and values in INT4, as DASH does.
+takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T) that returns one.
+ValueError where the speedup is out of reach.
 
     full, int8, int4   every block as loaded, in INT8, in INT4 (the speedup asked for is ignored; theirs is reported)
     static_skip        the blocks whose input and output are most similar, skipped for every token, unscaled (ShortGPT, arXiv
                        2403.03853; the paper's "naive static skipping")
+    unified_skip       blocks at equal distances, exactly as many as are asked for (Unified Layer Skipping, arXiv 2404.06954)
+    early_exit         every token leaves after the same block (the baseline of AdaSkip's release)
+    confident_exit     a token leaves after the first block that turns it by less than a threshold (CALM, arXiv 2207.07061, by
+                       saturation of the hidden state: its test by the head costs as much as several blocks)
+    skipdecode         the later the position, the more of the lower and middle blocks are skipped; the first and the last ones
+                       run, and a block once skipped stays so (SkipDecode, arXiv 2307.02628)
+    adaskip            attention and MLP apart: of all sublayers the most similar are skipped and replaced by their norm ratio;
+                       after 20 decoded tokens also MLPs that proved as similar on them (AdaSkip, arXiv 2501.02336)
     random_skip        each block skipped at random, token by token, unscaled (the paper's Random Skip)
     random_mix         each block in one of two states at random, token by token, at the cost asked for
-    static_mix         one state a block for all tokens, the best by the mean labels that train.py left in the policy file
+    static_mix         one state a block for all tokens, the best by the mean damage of each (train.py's labels, or measured)
     best_static        the best of five such plans by the KL it is measured to cost on training text: `static_candidates`
     position_mix       a state for each block and position, blind to content, by the labels' means
 
-All but the first three and the skips are ours, to ask what choosing per token is worth at equal cost. `compare` measures them.
+The mixes and best_static are ours, to ask what choosing per token is worth at equal cost. `compare` measures all of them. Keys
+and values: where what is skipped is the same for all tokens or only grows along the text, no later token asks for them, so they
+are not made and a skip costs nothing (kv "none"); for confident_exit, random_skip and the mixes a skip fills them, as for DASH.
+The first block runs in state 4 and, but for the exits, the last one runs too; adaskip alone is free to skip either.
 """
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import kl, outcomes
-from policy import STATES, ByPosition, Fixed, format_table, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
+from policy import (STATES, ByPosition, Fixed, bit_costs, format_table, lowest_price, mean_cost, random_states, speedup_bits, state_shares,
+                    static_plan)
 
 
 @dataclass
@@ -34,7 +48,11 @@ class Known:
     costs: torch.Tensor
     seed: int = 0
     scale: list = None  # a_i
-    similarity: torch.Tensor = None  # (L,) mean cosine of input and output
+    config: object = None  # of the model
+    samples: torch.Tensor = None  # (n, T) tokens of training text
+    similarity: torch.Tensor = None  # (L, N) cosine of input and output of every block and token
+    sublayers: torch.Tensor = None  # (2 L, N) the same of attention and MLP in turn
+    ratio: torch.Tensor = None  # (2 L,) their mean |output| / |input|
     damage: torch.Tensor = None  # (L, 4) mean label of each block and state, nats a token
     position_damage: torch.Tensor = None  # (POSITIONS, L, 4) the same by position
     candidates: list = None  # for best_static: functions of a speedup that give states (L,)
@@ -53,25 +71,136 @@ def int4(known, speedup):
     return Fixed([4] + [1] * (known.L - 1))
 
 
-def skips(known, speedup):
-    """How many of the blocks between first and last must be skipped for a speedup in bits, a float."""
-    L, fill = known.L, float(known.costs[0])
+@torch.no_grad()
+def observe(known, model):
+    """Fill in `similarity`, `sublayers` and `ratio` from the full model on `samples`, the first token of each left out."""
+    tokens = known.samples
+    (B, T), x, rope, run = tokens.shape, model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1]), [(4, None)]
+    later = lambda t: t.view(B, T, -1)[:, 1:].flatten(0, 1).float()
+    blocks, halves, ratio = [], [], []
+    for block in model.blocks:
+        middle = block.attention_half(x, B, run, 1.0, rope)
+        out = block.mlp_half(middle, run)
+        blocks.append(F.cosine_similarity(later(x), later(out)))
+        for a, b in ((x, middle), (middle, out)):
+            halves.append(F.cosine_similarity(later(a), later(b)))
+            ratio.append((later(b).norm(dim=1) / later(a).norm(dim=1)).mean())
+        x = out
+    known.similarity, known.sublayers, known.ratio = (torch.stack(t).cpu() for t in (blocks, halves, ratio))
+
+
+def skips(known, speedup, fill=0.0):
+    """How many of the blocks between first and last must be skipped for a speedup in bits, a float; fill: what a skip costs."""
+    L = known.L
     number = L * (4 - 4 / speedup) / (4 - fill)
     if not 0 <= number <= L - 2:
         raise ValueError(f"speedup {speedup:g} is out of reach by skipping: give 1 to {L / (L - (L - 2) * (1 - fill / 4)):.2f}")
     return number
 
 
-def static_skip(known, speedup):
-    number = -int(-skips(known, speedup) // 1)  # at least the speedup asked for
-    order = known.similarity[1:-1].argsort(descending=True) + 1
+def without(known, blocks):
+    """All tokens skip these blocks, an index; nobody asks for keys and values."""
     states = torch.full((known.L,), 4)
-    states[order[:number]] = 0
-    return Fixed(states)
+    states[blocks] = 0
+    return Fixed(states, kv="none")
+
+
+def whole_skips(known, speedup):
+    return math.ceil(skips(known, speedup) - 1e-9)  # at least the speedup asked for
+
+
+def by_similarity(known):
+    """The blocks between first and last, the most similar first."""
+    return (known.similarity.mean(1)[1:-1].argsort(descending=True) + 1).tolist()
+
+
+def static_skip(known, speedup):
+    return without(known, by_similarity(known)[: whole_skips(known, speedup)])
+
+
+def unified_skip(known, speedup):
+    n = whole_skips(known, speedup)
+    return without(known, [1 + (2 * k + 1) * (known.L - 2) // (2 * n) for k in range(n)])
+
+
+def early_exit(known, speedup):
+    return without(known, slice(known.L - whole_skips(known, speedup), known.L))
+
+
+class ConfidentExit(Fixed):
+    """A token skips all blocks after the first one whose output has cosine >= threshold with its input."""
+
+    def __init__(self, L, threshold):
+        super().__init__([4] * L)
+        self.threshold = threshold
+
+    def decide(self, i, x, start):
+        if i == 0:
+            self.left = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        else:
+            self.left = self.left | (F.cosine_similarity(self.before.float(), x.float(), dim=-1) >= self.threshold)
+        self.before = x
+        self.states[i] = torch.where(self.left, 0, 4)
+
+
+def confident_exit(known, speedup):
+    skips(known, speedup, float(known.costs[0]))  # out of reach: say so
+    best = known.similarity.cummax(0).values[:-1]  # a token has left block i + 1 when this reaches the threshold at i
+    cost_at = lambda mu: 4 / known.L + mean_cost(torch.where(best >= -mu, 0, 4), known.costs) * (known.L - 1) / known.L
+    return ConfidentExit(known.L, -lowest_price(cost_at, 4 / speedup, -1.0, 1.0))
+
+
+def skipdecode(known, speedup):
+    mean, most = skips(known, speedup), known.L - 2
+    first, last = max(0.0, 2 * mean - most), min(2 * mean, most)  # skipped at the first and the last position
+
+    def draw(tokens):
+        B, T = tokens.shape
+        number = (first + (last - first) * (torch.arange(T) + 0.5) / T).round()
+        block = torch.arange(known.L)[:, None]
+        return Fixed(torch.where((block > 0) & (block <= number), 0, 4)[:, None].expand(-1, B, -1), kv="none")
+
+    return draw
+
+
+class AdaSkip(Fixed):
+    """Sublayers skipped from the start, and after `WARMUP` decoded tokens of a text also the MLPs whose mean similarity on those
+    tokens reaches the threshold: that of the least similar sublayer skipped from the start."""
+
+    WARMUP = 20
+
+    def __init__(self, states, ratio, threshold):
+        super().__init__(states, ratio, kv="none")
+        self.threshold = threshold
+
+    def decide(self, i, x, start):
+        super().decide(i, x, start)
+        if start == 0 or x.shape[1] > 1:  # a prompt
+            self.decoded, self.found = 0, torch.zeros(len(self.scale) + 1)
+            return
+        self.decoded += i == 0
+        if self.decoded <= self.WARMUP:
+            if i % 2 == 0 and i:  # x is the output of the MLP before
+                self.found[i - 1] += F.cosine_similarity(self.before.float(), x.float(), dim=-1).mean().item() / self.WARMUP
+            self.before = x
+        elif i % 2 and self.found[i] >= self.threshold:
+            self.states[i] = 0
+
+
+def adaskip(known, speedup):
+    states, similarity = torch.full((2 * known.L,), 4), known.sublayers.mean(1)
+    policy = AdaSkip(states, known.ratio.tolist(), 1.0)
+    costs = bit_costs(known.config, policy)
+    for i in similarity.argsort(descending=True).tolist():
+        if mean_cost(policy.given, costs) <= 4 / speedup:
+            return policy
+        policy.given[i], policy.threshold = 0, float(similarity[i])
+    raise ValueError(f"speedup {speedup:g} is out of reach by skipping")
 
 
 def random_skip(known, speedup):
-    share, generator = skips(known, speedup) / (known.L - 2), torch.Generator().manual_seed(known.seed)
+    share = skips(known, speedup, float(known.costs[0])) / (known.L - 2)
+    generator = torch.Generator().manual_seed(known.seed)
 
     def draw(tokens):
         states = torch.where(torch.rand(known.L, *tokens.shape, generator=generator) < share, 0, 4)
@@ -156,14 +285,14 @@ def greedy_path(known, measure, speedup):
 
 
 @torch.no_grad()
-def compare(model, examples, policies, costs):
+def compare(model, examples, policies):
     """Each policy against the full model on examples: a list of dicts with means over all that is predicted.
 
     nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
     right ones; speedup: in bits; states: shares; each: nats, kl and accuracy of every example, for intervals. A policy given
     as None is the full model; a function of the tokens (B, T) gives one for every example.
     """
-    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": []} for _ in policies]
+    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": [], "costs": bit_costs(model.config)} for _ in policies]
     for example in tqdm(examples, desc="compare", leave=False):
         full, right = outcomes(model, model.hidden(example.rows), example)
         for row, policy in zip(rows, policies):
@@ -172,13 +301,14 @@ def compare(model, examples, policies, costs):
                 policy = policy(example.rows) if callable(policy) else policy
                 routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
                 row["states"].append(policy.states[:, example.keep()].cpu())
+                row["costs"] = bit_costs(model.config, policy)
             row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
             row["kl"].append(kl(full, routed).mean().item())
             row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
             row["accuracy"].append((routed.argmax(-1) == right).float().mean().item())
     out = []
     for row in rows:
-        ran = row.pop("states")
+        ran, costs = row.pop("states"), row.pop("costs")
         states = torch.cat(ran, 1) if ran else torch.full((1, 1), 4)
         means = {k: sum(v) / len(v) for k, v in row.items()}
         out.append(means | {"speedup": speedup_bits(states, costs), "states": state_shares(states),

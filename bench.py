@@ -1,18 +1,23 @@
 """Measure:   python bench.py eval --task lm --method dash --speedup 2.0
 
-    eval      one method on one task: perplexity in windows of a text or accuracy on multiple-choice items, the speedup in bits
-              over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
+    eval      one method on one task: perplexity in windows of a text, accuracy on multiple-choice items or Rouge-L of summaries,
+              the speedup in bits over all tokens of the run, and the measured speedup of batch-1 decoding against the full model
+    table     the paper's Tables 1-2: every method at every speedup on every task, or on --task; results/table-TASK.json and .png.
+              A policy a task, as in the paper: --policy 'out-{task}/policy.safetensors'
     frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
               by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs; results/frontier-TASK.json, .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
               bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart.
               --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead
               and transformers; writes results/speed-gpu.json and a picture of one token's timeline
-    ablation  what the form of a_i and the INT8 head are worth; writes results/ablation.json
+    ablation  the paper's Table 3 and ours: states, K/V modes, forms of a_i, the INT8 head, and the policies given by --compare
+              (other horizons; lam, beta, w_i off); results/ablation.json
+    figures   the paper's Figures 1, 2 and 4: results/figure1.json, figure2.json, figure4.json, and a .png of each
+    transfer  its Figure 5: policies trained on each task (--policy as for table), tested on each; results/transfer.json and .png
     report    puts the tables of results/ into the README
 
 Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU).
-Both run the same routed forward.
+Both run the same routed forward. The paper's own numbers, shown beside ours, are in paper.json.
 """
 
 import copy
@@ -26,21 +31,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare
-from data import CHOICE_TASKS, kl, load_examples, load_text, outcomes, text_examples, windows
+from data import CHOICE_TASKS, kl, load_articles, load_examples, load_text, outcomes, text_examples, windows
 from infer import Engine, generate
 from model import LLM, Config, KVCache, check_gpu, fetch_smollm2, load, read_gguf, read_json
 from policy import (Fixed, Parser, Policy, Scorer, bit_costs, command_line, device_name, format_table, goal_cost, make_folder, mean_cost,
-                    most_speedup, pick_device, save_result, speedup_bits, write_whole)
+                    most_speedup, pick_device, save_result, speedup_bits, state_shares, write_whole)
 from quant import CHOSEN, fake_quantize
-from train import SAMPLE_TOKENS, SAMPLES, calibrate_prices, profile, save_figure, sensitivities
+from train import SAMPLE_TOKENS, SAMPLES, SHADES, calibrate_prices, profile, save_figure, sensitivities
 
-METHODS = ("full", "int8", "int4", "static_skip", "random_skip", "static_mix", "position_mix", "random_mix", "dash")
+SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
+METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
+TEXTS = ("lm", "wikitext2", "cnn_dm")  # tasks that are text; the others are multiple choice
 WINDOW = 1024  # tokens of an evaluation window
+
+
+def policy_path(args, task):
+    return args.policy.replace("{task}", task.removesuffix("_5shot"))
 
 
 def read_policy(path, model, needed):
@@ -55,7 +67,7 @@ def read_policy(path, model, needed):
 
 def known_of(model, policy, seed):
     """What baselines may go by: the damage that train.py left in a policy file."""
-    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed)
+    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed, config=model.config)
     if policy:
         known.scale = policy.scale
         for name in ("damage", "position_damage"):
@@ -64,70 +76,244 @@ def known_of(model, policy, seed):
     return known
 
 
-def make_policy(method, model, tokenizer, args, policy, calibration):
-    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name."""
+def make_policy(method, speedup, known, model, policy, path):
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; measures what it has to go by."""
+    top = most_speedup(known.L, bit_costs(model.config))
+    if method not in ("full", "int8", "int4") and not 1 <= speedup <= top:
+        raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {top:.2f}")
+    if method in ("dash", "position_mix") and policy is None:
+        read_policy(path, model, True)  # says why there is none
     if method == "dash":
-        return policy.at(args.speedup)
-    known = known_of(model, policy, args.seed)
-    needs = {"static_mix": "damage", "position_mix": "position_damage"}.get(method)
-    if needs and getattr(known, needs) is None:
-        raise ValueError(f"{args.policy} has no {needs}, which {method} goes by; train it again with train.py --objective fisher")
-    if method == "static_skip":
-        baselines.skips(known, args.speedup)  # out of reach: say so before measuring
-        samples = windows(tokenizer, load_text(*calibration), SAMPLES, SAMPLE_TOKENS, spread=True)
-        known.similarity = profile(model, samples.to(args.device))["similarity"]
-    return getattr(baselines, method)(known, args.speedup)
+        return copy.copy(policy).at(speedup, track=True)
+    if method == "position_mix" and known.position_damage is None:
+        raise ValueError(f"{path} has no position_damage, which {method} goes by; train it again with train.py --objective fisher")
+    if method in SKIPS and known.similarity is None:
+        baselines.observe(known, model)
+    if method == "static_mix" and known.damage is None:
+        known.scale = profile(model, known.samples)["norm_ratio"].tolist()
+        known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
+    return getattr(baselines, method)(known, speedup)
 
 
-def measured_speedup(args, policy, int4, prompt, tokens=24, pairs=3):
+def with_kv(policy, kv):
+    """A policy, or a function that gives one, with another way to keep the keys and values of skipped tokens."""
+    if callable(policy):
+        return lambda tokens: with_kv(policy(tokens), kv)
+    policy.kv = kv
+    return policy
+
+
+def measured_speedup(model, tokenizer, policy, prompt, tokens=48, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
-    model, tokenizer = load(args.model, args.device, torch.bfloat16)
-    model.quantize(real=True, int4=int4)
-    ids = torch.zeros(1, tokens + 64)
-    routed = policy(ids) if callable(policy) else policy
-    text = tokenizer.decode(tokenizer.encode(prompt)[:32])
     ratios = []
+    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt)) + tokens)) if callable(policy) else policy
     for _ in range(pairs):
-        speeds = [generate(model, tokenizer, text, p, tokens)["tokens_per_second"] for p in (routed, None)]
+        speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
         ratios.append(speeds[0] / speeds[1])
     return statistics.median(ratios)
 
 
-def evaluate(args):
-    args.device = pick_device(args.device)
+ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
+
+
+def rouge():
+    """f(reference, text) -> F measure of Rouge-L (Lin 2004), by the rouge-score package, 0 to 1."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("cnn_dm is scored with the rouge-score package, which is not installed: pip install rouge-score") from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda reference, text: scorer.score(reference, text)["rougeL"].fmeasure
+
+
+def summaries(model, tokenizer, articles, policies):
+    """Rouge-L of greedy summaries under every policy: rows as `compare` makes them. A chat model is asked, any other sees TL;DR:."""
+    score, chat, rows = rouge(), bool(tokenizer.chat_template), []
+    room = min(ARTICLE, model.config.block_size - SUMMARY - 100)
+    for policy in tqdm(policies, desc="summaries", leave=False):
+        each, states = [], []
+        for article in articles:
+            text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
+            prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
+            length = len(tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)) + SUMMARY
+            routed = policy(torch.zeros(1, length)) if callable(policy) else policy
+            out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
+            each.append(round(score(article["highlights"], out["text"]), 6))
+            states.append(out["states"])
+        states = torch.cat(states, 1)
+        rows.append({"each": {"rougeL": each}, "rougeL": sum(each) / len(each), "states": state_shares(states), "tokens": states.shape[1],
+                     "speedup": speedup_bits(states, bit_costs(model.config, None if policy is None else routed))})
+    return rows
+
+
+METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("accuracy", lambda v: v.mean(-1)),
+           "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
+
+
+def at_hand(args, task, default, path, needed=True):
+    """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
+    test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1")
-    if args.task == "mc" and not args.file:
+    if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
-    where = (args.file, None) if args.file else ("pydocs" if args.task == "lm" else args.task, "test")
-    choice = args.task not in ("lm", "wikitext2")
-    text = load_text(*where, args.data_dir, choice)  # not there, or no text: say so before anything is loaded
-    model, tokenizer = load(args.model, args.device, torch.float32)
-    top = most_speedup(model.config.n_layer, bit_costs(model.config))
-    if args.method not in ("full", "int8", "int4") and not 1 <= args.speedup <= top:
-        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give 1 to {top:.2f}")
-    policy = read_policy(args.policy, model, args.method in ("dash", "static_mix", "position_mix"))
-    calibration = ("pydocs", "train") if args.file or args.task == "lm" else (args.task, "train", args.data_dir)
-    routed = make_policy(args.method, model, tokenizer, args, policy, calibration)
-    size = model.config.block_size if choice else min(WINDOW, model.config.block_size)
-    examples = load_examples(*where, tokenizer, args.limit or (100 if choice else 8), size, args.data_dir, args.device, choice=choice)
-    int4 = policy.int4 if policy else None
+    choice, device = task not in TEXTS, pick_device(args.device)
+    name, split, folder = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
+    load_text(name, split, folder, choice)  # not there, or no text: say so before anything is loaded
+    text = load_text("pydocs", "train") if args.file or task == "lm" else load_text(task, "train", args.data_dir)
+    model, tokenizer = load(args.model, device, torch.float32)
+    policies = [read_policy(path, model, needed), *(read_policy(other, model, True) for other in args.compare)]
+    int4 = policies[0].int4 if policies[0] else None
+    for other, policy in zip(args.compare, policies[1:]):
+        if policy.int4 != int4:
+            raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
     model.quantize(int4=int4)
-    full, row = compare(model, examples, [None, routed], bit_costs(model.config))
-    del model
-    metric = "accuracy" if choice else "perplexity"
-    value, value_full = (r["accuracy"] if choice else torch.tensor(r["nats"]).exp().item() for r in (row, full))
-    measured = 1.0 if args.method == "full" else measured_speedup(args, routed, int4, text)
-    tokens, codes = sum(sum(e.lengths) for e in examples), int4 or "nearest"
-    print(f"{args.task}, {args.method}: {metric} {value:.3f} (full model {value_full:.3f}), KL {row['kl']:.4f} nats, "
-          f"{row['speedup']:.3f}x in bits, {measured:.2f}x measured; {len(examples)} {'items' if choice else 'windows'}, {tokens} tokens, "
-          f"INT4 codes: {codes}")
+    known, context = known_of(model, policies[0], args.seed), model.config.block_size
+    known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
+    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(WINDOW, context)
+    return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
+
+
+@torch.no_grad()
+def rank(args, task, asked, default, timed=True):
+    """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
+
+    A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
+    """
+    if task == "cnn_dm":
+        rouge()
+    path, metric = policy_path(args, task), "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
+    rows, policies = [{"method": "full model", "target": 1.0}], [None]
+    for method, speedup in asked:
+        rows.append({"method": method, "target": speedup})
+        try:
+            routed = make_policy(method, speedup, known, model, policy, path)
+            policies.append(with_kv(routed, args.kv) if args.kv else routed)
+        except (ValueError, FileNotFoundError) as e:
+            if len(asked) == 1:
+                raise
+            rows[-1]["missing"] = str(e)
+    prompt, int4 = tokenizer.decode(examples[0].rows[0, :32]), policy.int4 if policy else None
+    found = compare(model, examples, policies) if task != "cnn_dm" else None
+    if timed:
+        del model
+        model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
+        model.quantize(real=True, int4=int4)
+    if task == "cnn_dm":
+        examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else default)]
+        found = summaries(model, tokenizer, examples, policies)
+    key, statistic = METRICS[metric]
+    for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
+        row |= {k: v for k, v in new.items() if k != "raw"}
+        each = row["each"][key]
+        row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
+        if timed:
+            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+    tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
+    return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
+
+
+def publish(args, name, model, figure, **content):
+    """Write results/NAME.json and, if there is a figure, NAME.png; print the table."""
+    path = Path(args.results) / f"{name}.json"
+    save_result(path, model.embed.weight.device, model, args.seed, **content)
+    if figure:
+        save_figure(figure, path.with_suffix(".png"))
+    print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {path.stem}.png' if figure else ''}\n", flush=True)
+
+
+def evaluate(args):
+    task = args.task or "lm"
+    metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
+    unit, (low, high) = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], row["interval"]
+    distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
+    print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{low:.3f}, {high:.3f}] (full model {full['value']:.3f}), {distance}"
+          f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {facts['n']} {unit}, {facts['tokens']} tokens, "
+          f"INT4 codes: {facts['int4']}")
     if args.json:
         print(json.dumps({
-            "task": args.task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
-            "speedup_measured": measured, "metric": metric, "value": value, "value_full": value_full, "kl": row["kl"],
-            "top1": row["top1"], "int4": codes, "n": len(examples), "tokens": tokens, "states": row["states"], "device": str(args.device),
-            "model": args.model}))
+            "task": task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],
+            "speedup_measured": row["measured"], "metric": metric, "value": row["value"], "value_full": full["value"],
+            "interval": row["interval"], "int4": facts["int4"], "n": facts["n"], "tokens": facts["tokens"],
+            "device": str(pick_device(args.device)), "model": args.model} | {k: row[k] for k in ("kl", "top1", "states") if k in row}))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# table
+
+TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 40, "mmlu_5shot": 12, "arc_challenge": 40, "arc_easy": 40}  # examples without --full
+PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
+          "arc_challenge": "arc_c_acc"}  # what paper.json calls a task
+ASKED = (1.33, 1.67, 2.0)
+
+
+def table(args):
+    for task in [args.task] if args.task else TASKS:
+        asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
+        asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
+        metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS)
+        header, cells = table_cells(rows, metric)
+        markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
+        trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
+        how = "in bits and measured in batch-1 decoding" if "measured" in rows[0] else "in bits"
+        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
+                   f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
+        publish(args, f"table-{task}", model, table_chart(rows, task, metric), caption=caption, markdown=markdown, metric=metric, rows=rows,
+                **facts)
+
+
+def table_cells(rows, metric):
+    """A row a method, a column a speedup; a method with one speedup of its own stands in the last column that it reaches."""
+    speedups, unit = sorted({r["target"] for r in rows} - {1.0}), 1 if metric == "perplexity" else 100
+
+    def cell(r):
+        if "missing" in r:
+            return "can't reach" if "out of reach" in r["missing"] else "no policy"
+        value, low, high = (f"{unit * v:.4g}" for v in (r["value"], *r["interval"]))
+        return f"{value} [{low}, {high}] ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
+
+    cells = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        line = {r["target"]: cell(r) for r in rows if r["method"] == method}
+        if 1.0 in line:  # asked for no speedup
+            own = next(r["speedup"] for r in rows if r["method"] == method)
+            place = max((s for s in speedups if s <= own), default=speedups[0])
+            line = {s: "can't reach" if s > own else "" for s in speedups} | {place: line[1.0]} if own > 1 else {place: line[1.0]}
+        cells.append([method, *(line.get(s, "") for s in speedups)])
+    return ["", *(f"{s:g}x" for s in speedups)], cells
+
+
+def paper_tables(key):
+    """The paper's numbers for a task, one table a model, or none."""
+    paper, out = read_json(Path(__file__).with_name("paper.json")), []
+    for model, tasks in paper["tables"].items():
+        if key in tasks:
+            full, *rest = tasks[key].items()
+            header, first = [f"the paper's numbers, {model}", *paper["speedups"]], ["full model", full[1], "", ""]
+            out.append(format_table(header, [first, *([method, *values] for method, values in rest)]))
+    return out
+
+
+def table_chart(rows, task, metric):
+    """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
+    x = "measured" if "measured" in rows[0] else "speedup"
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, colors = figure.subplots(), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+    axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
+    axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
+    there = [r for r in rows[1:] if "missing" not in r]
+    for method in dict.fromkeys(r["method"] for r in there):
+        points = sorted((r[x], r["value"]) for r in there if r["method"] == method)
+        if method in ("int8", "int4"):
+            axes.plot(*points[0], marker="s", color="black")
+            axes.annotate(method.upper(), points[0], xytext=(6, -12), textcoords="offset points")
+        else:
+            axes.plot(*zip(*points), marker="o", markersize=5, color=next(colors), linewidth=2.5 if method == "dash" else 1.2, label=method)
+    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric,
+             title=f"{task}, test", yscale="log" if metric == "perplexity" else "linear")
+    axes.legend()
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -138,24 +324,17 @@ SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
 
 def name_of(policy):
     s = policy.settings
-    return (f"{'dash' if s['objective'] == 'fisher' else 'rl'}{' from fisher' if s.get('start') else ''}, horizon {policy.horizon}, seed {s['seed']}")
+    kind = "dash" if s["objective"] == "fisher" else "rl from fisher" if s.get("start") else "rl"
+    off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
+    return f"{kind}, horizon {policy.horizon}, seed {s['seed']}{''.join(off)}"
 
 
 @torch.no_grad()
 def frontier(args):
     """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
-    device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.float32)
-    policies = [read_policy(path, model, True) for path in [args.policy, *args.compare]]
-    policy = policies[0]
-    for path, other in zip(args.compare, policies[1:]):
-        if other.int4 != policy.int4:
-            raise ValueError(f"{path} has other INT4 codes than {args.policy}; train both on the same data")
-    model.quantize(int4=policy.int4)
     task = "wikitext2" if args.data_dir else "pydocs"
-    size = min(WINDOW, model.config.block_size)
-    examples = load_examples(task, "test", tokenizer, args.limit or 8, size, args.data_dir, device)
-    known = known_of(model, policy, args.seed)
+    model, tokenizer, policies, known, examples = at_hand(args, "wikitext2" if args.data_dir else "lm", 8, args.policy)
+    policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
     costs = known.costs
@@ -192,7 +371,7 @@ def frontier(args):
             contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
             about.append((name_of(p), speedup))
     rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
-            for (name, s), r in zip(about, compare(model, examples, contenders, costs))]
+            for (name, s), r in zip(about, compare(model, examples, contenders))]
     policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
     tokens = sum(sum(e.lengths) for e in examples)
@@ -668,36 +847,203 @@ def gpu_table(shapes):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# ablation
+# ablation, figures, transfer
+
+
+def variant(policy, model, examples, speedups, **change):
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked."""
+    policy = copy.copy(policy)
+    for name, value in change.items():
+        setattr(policy, name, value)
+    policy.costs = bit_costs(model.config, policy).to(policy.costs.device)
+    calibrate_prices(policy, model, examples, speedups, [4 / s for s in speedups])
+    return [copy.copy(policy).at(s) for s in speedups]
 
 
 @torch.no_grad()
 def ablation(args):
-    """What single choices are worth: the form of a_i (Eq 7), and the INT8 head of generation."""
-    device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.float32)
-    model.quantize()
-    size = min(WINDOW, model.config.block_size)
-    train_text, test_text = load_text("pydocs", "train"), load_text("pydocs", "test")
-    found = profile(model, windows(tokenizer, train_text, SAMPLES, SAMPLE_TOKENS, spread=True).to(device))
-    few = windows(tokenizer, test_text, 1, min(256, size), spread=True).to(device)
-    skip = {}
-    for name, scale in (("none, a_i = 1", [1.0] * model.config.n_layer), ("least squares", found["least_squares"].tolist()),
-                        ("norm ratio", found["norm_ratio"].tolist())):
+    """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
+    task = args.task or "lm"
+    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), args.policy)
+    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
+    baselines.observe(known, model)
+    choice = examples[0].choices is not None
+    of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
+    table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
+             "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
+             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {name_of(policy)}": of()}
+    table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
+              "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
+    table |= {name_of(p): of(p) for p in policies[1:]}
+    full, *found = compare(model, examples, [None, *(p for row in table.values() for p in row)])
+    key, unit = ("accuracy", 100) if choice else ("nats", 1)
+    rows = [{"name": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+            for (name, s), r in zip([(name, s) for name in table for s in ASKED], found)]
+
+    def cell(r):
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], full["each"][key])
+        return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
+
+    few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
+    skip, least = {}, forms["least_squares"].tolist()
+    for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
         damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
         skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
-    rows = load_examples("pydocs", "test", tokenizer, args.limit or 8, size, device=device)
-    [plain] = compare(model, rows, [None], bit_costs(model.config))
     model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
-    [int8] = compare(model, rows, [None], bit_costs(model.config))
-    path = Path(args.results) / "ablation.json"
-    header = [f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens", "KL when one block is skipped: mean over blocks", "median", "worst"]
-    markdown = format_table(header,
-                            [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()])
-    markdown += f"\n\nHead of generation, {args.limit or 8} windows: {plain['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."
-    save_result(path, device, model, args.seed, caption="Held-out pydocs.", markdown=markdown, skip_tokens=few.numel(), skip_kl=skip,
-                head_nats={"16 bits": plain["nats"], "INT8": int8["nats"]})
-    print(f"{markdown}\n\nwrote {path}")
+    [int8] = compare(model, examples, [None])
+    markdown = "\n\n".join([
+        format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *(cell(r) for r in rows if r["name"] == name)] for name in table]),
+        *paper_tables("ablation"),
+        format_table([f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens of pydocs", "KL when one block is skipped: mean over blocks",
+                      "median", "worst"], [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()]),
+        f"Head of generation: {full['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."])
+    caption = (f"{task}, test, n = {len(examples)}: change of {'accuracy, points' if choice else 'nats'} against the full model "
+               f"({unit * full[key]:.4g}) [95% interval] (speedup in bits). One scorer, restricted to the states named and priced to cost on "
+               "this text what the column asks.")
+    publish(args, "ablation", model, None, caption=caption, markdown=markdown, rows=rows, n=len(examples), skip_tokens=few.numel(),
+            skip_kl=skip, head_nats={"16 bits": full["nats"], "INT8": int8["nats"]})
+
+
+@torch.no_grad()
+def figures(args):
+    """The paper's Figures 1, 2 and 4 on test text; the accuracy of Figure 1 on items of --task."""
+    task = args.task or "arc_easy"
+    if task in TEXTS:
+        raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
+    model, tokenizer, policies, known, items = at_hand(args, task, 60, args.policy)
+    baselines.observe(known, model)
+    source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
+    size = min(256, model.config.block_size)
+    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(known.samples.device)
+    x, rope, h = model.embed(rows).flatten(0, 1), model.rope(0, rows.shape[1]), []
+    for block in model.blocks:
+        h.append(x)
+        x = block(x, len(rows), [(4, None)], 1.0, rope)
+    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, x]])  # (L + 1, N, C), without first tokens
+    similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
+    what = f"{source[0]}, test, {similarity.shape[1]} tokens"
+    figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
+    figure2(args, model, known, rows, similarity, what)
+    figure4(args, model, policies, rows, similarity, what)
+
+
+def figure1(args, model, known, h, similarity, items, what):
+    """Blocks that change little, and what skipping them costs."""
+    L, order, unit = known.L, baselines.by_similarity(known), F.normalize(h, dim=-1)
+    pairs = torch.stack([(unit * one).sum(-1).mean(1) for one in unit]).cpu()
+    counts = range(min(9, L - 1))
+    each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
+    right, spans = [sum(e) / len(e) for e in each], [bootstrap(lambda v: v.mean(1), e) for e in each]
+    figure, blocks = Figure(figsize=(15, 4), layout="constrained"), range(1, L + 1)
+    a, b, c = figure.subplots(1, 3)
+    a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
+    a.fill_between(blocks, *(torch.stack([one.quantile(q) for one in similarity]) for q in (0.1, 0.9)), alpha=0.2)
+    a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
+    figure.colorbar(b.imshow(pairs, origin="lower", vmin=0), ax=b)
+    b.set(xlabel="j", ylabel="i", title="Cosine of $h_i$ and $h_j$; adjacent blocks beside the diagonal")
+    c.errorbar(counts, right, [[v - s[0] for v, s in zip(right, spans)], [s[1] - v for v, s in zip(right, spans)]], marker="o", capsize=3)
+    c.set(xlabel="most similar blocks skipped", ylabel="accuracy", title=f"{len(items)} items")
+    beyond = next((i for i in blocks if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
+    cells = [[n, order[n - 1] + 1 if n else "", f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+             for n, v, (low, high) in zip(counts, right, spans)]
+    markdown = format_table(["blocks skipped", "the last of them", "accuracy, %"], cells) + (
+        f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'not even in the last block'}.")
+    publish(args, "figure1", model, figure, caption=f"The paper's Figure 1. {what}.", markdown=markdown,
+            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right)
+
+
+def figure2(args, model, known, rows, similarity, what):
+    """Is a token safe to skip where its similarity is high? Next tokens with the most similar tenth of the blocks skipped."""
+    skipped, kind = baselines.by_similarity(known)[: max(1, known.L // 10)], []
+    for row in rows[:, None]:
+        ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
+        kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
+    kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
+    figure, cells = Figure(figsize=(8, 4), layout="constrained"), []
+    axes = figure.subplots()
+    for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
+        here = of_tokens[:, kind == k]
+        if here.shape[1]:
+            axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
+            low, high = bootstrap(lambda v: v.mean(1), here[skipped].mean(0).tolist(), draws=500)
+            cells.append([name, here.shape[1], f"{here.mean():.4f}", f"{here[skipped].mean():.4f} [{low:.4f}, {high:.4f}]"])
+    axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
+    axes.legend()
+    header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
+    caption = f"The paper's Figure 2. {what}; without blocks {', '.join(str(i + 1) for i in sorted(skipped))}."
+    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells))
+
+
+def figure4(args, model, policies, rows, similarity, what):
+    """States against similarity at three speeds, and how early in the model a policy dares to skip."""
+    policy, decided = policies[0], similarity[1:].flatten()
+    speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
+    figure, cells, early = Figure(figsize=(5 * len(speedups) + 5, 4), layout="constrained"), [], []
+    *panels, last = figure.subplots(1, len(speedups) + 1, squeeze=False)[0]
+    tenth = torch.empty(len(decided), dtype=torch.int64)
+    tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
+    for speedup, axes in zip(speedups, panels):
+        model.hidden(rows, policy.at(speedup))
+        states, bottom, cell = policy.states[1:, :, 1:].flatten().cpu(), torch.zeros(10), {}
+        for s, label, color in SHADES:
+            share = torch.stack([(states[tenth == k] == s).float().mean() for k in range(10)])
+            axes.bar(range(1, 11), share, bottom=bottom, width=1.0, label=label, color=color, edgecolor="white")
+            bottom += share
+            here = states == s
+            cell[label] = f"{decided[here].mean():.3f} ({100 * here.float().mean():.0f}%)" if here.any() else ""
+        axes.set(xlabel="tenth of (block, token) by similarity", ylabel="share of states", title=f"{speedup:g}x")
+        axes.legend(loc="lower left")
+        cells.append([f"{speedup:g}x", *cell.values()])
+    for p in policies:
+        [p] = variant(p, model, text_examples(rows), [1.33], allowed=(0, 4))
+        model.hidden(rows, p)
+        rate = (p.states == 0).float().mean((1, 2)).tolist()
+        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=name_of(p))
+        early.append([name_of(p), *(f"{100 * v:.0f}%" for v in rate[1:9])])
+    last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x")
+    last.legend()
+    markdown = "\n\n".join([
+        format_table(["mean similarity of what runs in (share)", *(label for _, label, _ in SHADES)], cells),
+        format_table(["skip rate, states 0 and 4 only, 1.33x; block", *range(2, len(early[0]) + 1)], early)])
+    caption = (f"The paper's Figure 4. {what}; similarities are the full model's. Horizon 0 decides a block from its own input, 1 from the "
+               "input of the block before (the paper).")
+    publish(args, "figure4", model, figure, caption=caption, markdown=markdown)
+
+
+@torch.no_grad()
+def transfer(args):
+    """The paper's Figure 5: a policy trained on each task, tested on each, by KL to the full model."""
+    tasks = [t for t in TASKS if t != "mmlu_5shot"]
+    files = {t: policy_path(args, t) for t in tasks}
+    there = {t: f for t, f in files.items() if Path(f).is_file()}
+    if len(set(files.values())) < len(files) or not there:
+        raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
+                         f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
+    found, cells, sizes = {}, [], {}
+    for trained, file in there.items():
+        found[trained] = {}
+        for tested in tqdm(tasks, desc=trained):
+            model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
+            full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
+            key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
+            found[trained][tested] = {"kl": row["kl"], "interval": bootstrap(lambda v: v.mean(1), row["each"]["kl"]),
+                                      "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
+            sizes[tested] = len(examples)
+        cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
+                                 for r in found[trained].values())])
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
+    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r"), ax=axes)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30)
+    axes.set_yticks(range(len(there)), there)
+    axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
+    missing = [t for t in tasks if t not in there]
+    n = ", ".join(map(str, sizes.values()))
+    caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
+               "change of accuracy in points or of nats (speedup in bits); priced on the test text."
+               + (f" No policy yet for {', '.join(missing)}." if missing else ""))
+    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -723,16 +1069,21 @@ def report(args):
 
 def main():
     p = Parser(__doc__)
-    p.add_argument("command", nargs="?", default="eval", choices=["eval", "frontier", "speed", "ablation", "report"])
-    p.add_argument("--task", default="lm", choices=["lm", "wikitext2", *CHOICE_TASKS, "mc"], help="lm reads --file, or held-out pydocs without it")
+    commands = {"eval": evaluate, "table": table, "frontier": frontier, "speed": speed, "ablation": ablation, "figures": figures,
+                "transfer": transfer, "report": report}
+    p.add_argument("command", nargs="?", default="eval", choices=commands)
+    p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
+                   help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS)
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
-    p.add_argument("--policy", default="out/policy.safetensors", help="for --method dash, frontier and speed")
-    p.add_argument("--compare", nargs="*", default=[], help="frontier: more policies, of other objectives, horizons or seeds")
+    p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval: keys and values of skipped tokens; default the method's own")
+    p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
+    p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--model", default="smollm2")
-    p.add_argument("--limit", type=int, help="windows of 1,024 tokens (default 8) or items (default 100) to evaluate, from the start")
+    p.add_argument("--limit", type=int, help="windows of 1,024 tokens, items or articles, from the start; eval: default 8, 100 and 8")
+    p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--results", default="results", help="folder to write into")
@@ -740,9 +1091,9 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
-    if args.command in ("frontier", "speed", "ablation"):
+    if args.command not in ("eval", "report"):
         make_folder(args.results)  # cannot be written: say so before an hour's work
-    {"eval": evaluate, "frontier": frontier, "speed": speed, "ablation": ablation, "report": report}[args.command](args)
+    commands[args.command](args)
 
 
 if __name__ == "__main__":

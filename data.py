@@ -5,7 +5,8 @@
     wikitext2   DIR/wikitext2/train.txt and test.txt, from --data-dir DIR, or from the hub
     lm          any UTF-8 text file, given by --file or --data: its last fifth is held out when one trains on it
     arc_easy, arc_challenge, mmlu    multiple choice: DIR/TASK/train.jsonl and test.jsonl, from --data-dir DIR, or from the hub
-    cnn_dm      articles with their highlights: DIR/cnn_dm/train.jsonl and test.jsonl, {"id", "article", "highlights"}, or the hub
+    mmlu_5shot  mmlu after five examples of the subject, from DIR/mmlu/dev.jsonl, or from the hub
+    cnn_dm      articles to summarise: DIR/cnn_dm/train.jsonl and test.jsonl, {"id", "article", "highlights"}, or from the hub
     mc          any JSONL of items, {"question", "choices", "answer": index} and for mmlu's prompt "subject"
 
 From the hub means parquet files (`HUB`), read with the package pyarrow: the rows are those of --data-dir. mmlu has no training split
@@ -90,7 +91,7 @@ def pydocs(split):
     return "\n\n".join(parts[split])
 
 
-CHOICE_TASKS = ("arc_easy", "arc_challenge", "mmlu")
+CHOICE_TASKS = ("arc_easy", "arc_challenge", "mmlu", "mmlu_5shot")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -99,7 +100,7 @@ def is_choice(name):
 
 
 def load_text(name, split, data_dir=None, choice=None):
-    """Text of "pydocs", "wikitext2", a file, or multiple-choice items with their right answers -> str.
+    """Text of "pydocs", "wikitext2", "cnn_dm", a file, or multiple-choice items with their right answers -> str.
 
     split: "train", "test", or None for a whole file; choice: whether a file holds items, by default if its name ends in .jsonl.
     """
@@ -108,24 +109,27 @@ def load_text(name, split, data_dir=None, choice=None):
     if is_choice(name) if choice is None else choice:
         parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
+    if name == "cnn_dm":
+        return "\n\n".join(f"{a['article']}\n\nTL;DR: {a['highlights']}" for a in load_articles(name, split, data_dir))
     if name == "wikitext2":
         if data_dir is None:
             return "".join(row["text"] for row in hub_rows(name, split))
         return read_text(Path(data_dir) / "wikitext2" / f"{split}.txt")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, {', '.join(CHOICE_TASKS)}, or a file that is there")
+        raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, cnn_dm, {', '.join(CHOICE_TASKS)}, or a file that is there")
     text = read_text(name)
     cut = len(text) * 4 // 5
     return text if split is None else text[:cut] if split == "train" else text[cut:]
 
 
 def load_items(name, split, data_dir=None):
-    """Multiple-choice items of a task, from data_dir or the hub, or of a JSONL file: [{"question", "choices", "answer"}].
+    """Multiple-choice items of a task, from data_dir or the hub, or of a JSONL file: [{"question", "choices", "answer"}],
+    mmlu_5shot with "shots".
 
     A file's last fifth is "test", the rest "train"; split None gives all. Errors name the path and the line.
     """
     items = []
-    for place, item in rows_of(name, split, data_dir):
+    for place, item in rows_of("mmlu" if name == "mmlu_5shot" else name, split, data_dir):
         try:
             if "answerKey" in item:  # ARC as the hub has it
                 labels = item["choices"]["label"]
@@ -136,9 +140,15 @@ def load_items(name, split, data_dir=None):
                 raise ValueError(f"question, subject or choices are no text, or not 2 to {len(LETTERS)} choices")
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError(f"answer {answer!r} is no index of the choices")
-            items.append(item)
+            items.append({key: item[key] for key in ("subject", "question", "choices", "answer") if key in item})
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{place}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
+    if name == "mmlu_5shot":
+        dev = load_items("mmlu", "dev", data_dir)
+        for item in items:
+            item["shots"] = [shot for shot in dev if shot.get("subject", "") == item.get("subject")][:5]
+            if len(item["shots"]) < 5:
+                raise ValueError(f"mmlu's dev split has {len(item['shots'])} examples of {item.get('subject')!r}, mmlu_5shot needs 5")
     if name in CHOICE_TASKS or split is None:
         return items
     cut = max(1, len(items) * 4 // 5)
@@ -158,10 +168,11 @@ def load_articles(name, split, data_dir=None):
 def question(item):
     """An item -> (context, [continuation of each choice]): for mmlu the letters, else the choices themselves."""
     if "subject" in item:
-        letters = LETTERS[: len(item["choices"])]
-        listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, item["choices"]))
+        listed = lambda item: "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, item["choices"]))
+        asked = lambda item: f"{item['question'].strip()}\n{listed(item)}Answer:"
         head = f"The following are multiple choice questions (with answers) about {item['subject'].replace('_', ' ')}.\n\n"
-        return f"{head}{item['question'].strip()}\n{listed}Answer:", [f" {letter}" for letter in letters]
+        shots = "".join(f"{asked(shot)} {LETTERS[shot['answer']]}\n\n" for shot in item.get("shots", []))
+        return head + shots + asked(item), [f" {letter}" for letter in LETTERS[: len(item["choices"])]]
     return f"Question: {item['question']}\nAnswer:", [f" {choice}" for choice in item["choices"]]
 
 
@@ -211,6 +222,8 @@ def item_examples(tokenizer, items, longest, device):
         start, rows, spans = len(tokenizer.encode(context, add_special_tokens=True)), [], []
         for choice in choices:
             ids = tokenizer.encode(context + choice, add_special_tokens=True)
+            if len(ids) <= start:  # a sum over nothing would be the likeliest of all
+                raise ValueError(f"the choice {choice[1:]!r} adds no token to its question, so it has no likelihood: {item['question'][:60]!r}")
             if len(ids) - 1 > longest:
                 raise ValueError(f"an item has {len(ids)} tokens, the context is {longest}: {item['question'][:60]!r}")
             if ids[:-1] not in rows:

@@ -264,7 +264,7 @@ class Engine:
 def engine_for(model, policy, size):
     """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
     routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu)
-    if not (policy is None or routed or isinstance(policy, Fixed)):
+    if not (policy is None or ((routed or type(policy) in (Fixed, ByPosition)) and policy.kv == "fill" and len(policy.scale) == model.config.n_layer)):
         return None
     if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
         model.engine = Engine(model, size)

@@ -13,7 +13,8 @@ token in that block (0 skip, 1 INT4, 2 INT8, 4 as loaded; policy.py) and the blo
                     that later tokens find its keys and values in the cache
 
 There is one such path, `Block.forward`, for training, evaluation and generation. Whether tokens come all at once or
-one by one through the cache, logits and decisions are the same (tests/test_routing.py).
+one by one through the cache, logits and decisions are the same (tests/test_routing.py). Its two halves can also be given
+states of their own: a policy with 2 L scales has 2 L rows of states, attention and MLP of each block in turn.
 
     from model import load
     model, tokenizer = load("smollm2", device="cpu", dtype=torch.float32)
@@ -185,14 +186,23 @@ def rotate(x, rope):
 class KVCache:
     """Keys and values of every block, preallocated: k and v are (L, B, size, n_kv_head, head_dim).
 
-    `length` positions are filled. Every block has written every position: a skipped token fills its keys and values.
+    `length` positions are filled. Every block has written every position: a skipped token fills its keys and values. Under a
+    policy with kv "none" it does not; then `written` (L, B, size) bool says which positions may be attended to.
     """
 
     def __init__(self, model, batch, size):
         c, weight = model.config, model.embed.weight
         self.k = torch.zeros(c.n_layer, batch, size, c.n_kv_head, c.head_dim, dtype=weight.dtype, device=weight.device)
         self.v = torch.zeros_like(self.k)
-        self.length = 0
+        self.length, self.written = 0, None
+
+    def mark(self, i, T, ran):
+        """Note which of T new positions write keys and values in block i: ran True or (B, T) bool -> all that are written, (B, S)."""
+        end = self.length + T
+        if self.written is None:
+            self.written = torch.ones(self.k.shape[:3], dtype=torch.bool, device=self.k.device)
+        self.written[i, :, self.length : end] = ran
+        return self.written[i, :, :end]
 
     def store(self, k, v, i):
         """Append keys and values (B, T, n_kv_head, D) of block i; returns all that may be attended to. (`hidden` moves `length` on.)"""
@@ -246,14 +256,16 @@ class Block(nn.Module):
     def attend(self, q, k, v, mask=None):
         """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, C).
 
-        mask: what to add to the scores of one token's S keys (1, 1, 1, S), for a cache that is read beyond its length.
+        mask: None, or (B, 1, 1, S): which positions may be attended to (bool), or what to add to their scores (for one token).
         """
         B, T, H, D = q.shape
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if T == 1:  # no mask, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
+        if T == 1:  # no order, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
             y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, mask)
         else:
-            mask = None if T == k.shape[2] else torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
+            if mask is not None or T < k.shape[2]:
+                past = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
+                mask = past if mask is None else past & mask
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
         return y.reshape(B * T, H * D)
 
@@ -261,33 +273,51 @@ class Block(nn.Module):
         gate, up = self.gate_up(x, s).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up, s)
 
-    def forward(self, x, B, groups, scale, rope, cache=None, i=0):
-        """Run block i with every token in its state.
-
-        x (B * T, C) rows; groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
-        positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours. Returns (B * T, C).
-        """
-        c, h = self.c, self.norm1(x)
-        if groups[0] == (0, None):  # everybody skips: only keys and values, and only if somebody may ask for them
-            if cache is not None:
-                k, v = self.qkv.fill(h).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
-                cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
+    def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
+        """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
+        c, executed = self.c, [group for group in groups if group[0]]
+        if not executed and (cache is None or seen is not None):  # no keys and values, or nobody who may ask for them
             return scale * x
-        qkv = run(groups, self.project, h, self.q_size + 2 * self.kv_size).view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
+        h = self.norm1(x if source is None else source)
+        if not executed:
+            k, v = self.qkv.fill(h).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
+            cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
+            return scale * x
+        qkv = run(groups if seen is None else executed, self.project, h, self.q_size + 2 * self.kv_size)
+        qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
         if c.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :, : c.n_head]), self.k_norm(qk[:, :, c.n_head :])], dim=2)
         qk = rotate(qk, rope)
-        k = qk[:, :, c.n_head :]
-        y = self.attend(qk[:, :, : c.n_head], *(cache.store(k, v, i) if cache else (k, v)))
-
-        executed = [group for group in groups if group[0]]
+        q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
+        y = self.attend(q, *(cache.store(k, v, i) if cache else (k, v)), *(() if seen is None else (seen,)))
         h = x + run(executed, self.o, y, x.shape[1])
-        h = h + run(executed, self.mlp, self.norm2(h), x.shape[1])
         if len(executed) < len(groups):
             skipped = groups[0][1]
             h[skipped] = scale * x[skipped]
         return h
+
+    def mlp_half(self, h, groups, scale=1.0):
+        """h + MLP(RMSNorm(h)), or scale * h where the state is 0: (B * T, C) -> (B * T, C)."""
+        executed = [group for group in groups if group[0]]
+        if not executed:
+            return scale * h
+        out = h + run(executed, self.mlp, self.norm2(h), h.shape[1])
+        if len(executed) < len(groups) and scale != 1.0:
+            skipped = groups[0][1]
+            out[skipped] = scale * h[skipped]
+        return out
+
+    def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
+        """Run block i with every token in its state.
+
+        x (B * T, C) rows; groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
+        positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours. source (B * T, C): what skipped tokens make their
+        keys and values of, x if None; seen (B, 1, 1, S) bool: which of all S positions may be attended to, and then skipped tokens
+        make none. Returns (B * T, C).
+        """
+        h = self.attention_half(x, B, groups, scale, rope, cache, i, source, seen)
+        return h if groups[0] == (0, None) else self.mlp_half(h, groups)
 
 
 class LLM(nn.Module):
@@ -340,7 +370,8 @@ class LLM(nn.Module):
         """tokens (B, T) int64 -> the normed last hidden state (B, T, C), before the head.
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
-        state that the policy gives it; `policy.states` (L, B, T) uint8 then says which. ValueError beyond the context.
+        state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
+        their own, then says which. ValueError beyond the context.
         """
         B, T = tokens.shape
         start = cache.length if cache else 0
@@ -349,14 +380,26 @@ class LLM(nn.Module):
         if policy is not None:
             if not self.quantized:
                 self.quantize(int4=policy.int4)
-            policy.states = torch.full((len(self.blocks), B, T), 4, dtype=torch.uint8, device=tokens.device)
-        x, rope, full = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)]
+            policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
+        x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
+        rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
+        source, seen, ran, holes = None, None, True, kv == "none" or cache and cache.written is not None
         for i, block in enumerate(self.blocks):
-            if policy is None:
-                x = block(x, B, full, 1.0, rope, cache, i)
+            row = i * rows
+            if policy is not None:
+                policy.decide(row, x.view(B, T, -1), start)
+                groups, scale = by_state(policy.states[row]), policy.scale[row]
+            if holes or kv == "copy":
+                ran = policy is None or policy.states[row] > 0
+                source = torch.where(ran.view(-1, 1), x, x if source is None else source) if kv == "copy" else None
+            if holes:  # they stay: whoever continues this cache must not attend to them
+                seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
+            if rows == 1:
+                x = block(x, B, groups, scale, rope, cache, i, source, seen)
             else:
-                policy.decide(i, x.view(B, T, -1), start)
-                x = block(x, B, by_state(policy.states[i]), policy.scale[i], rope, cache, i)
+                x = block.attention_half(x, B, groups, scale, rope, cache, i, source, seen)
+                policy.decide(row + 1, x.view(B, T, -1), start)
+                x = block.mlp_half(x, by_state(policy.states[row + 1]), policy.scale[row + 1])
         if cache:
             cache.length += T
         return self.norm(x).view(B, T, -1)

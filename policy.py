@@ -42,14 +42,19 @@ STATE_OF, INDEX_OF = STATES.tolist(), INDEX.tolist()  # the same for single toke
 # Costs
 
 
-def bit_costs(config):
-    """Cost of the four states in units of 4 bits a weight: a skip still fills keys and values in INT4.
+def bit_costs(config, policy=None):
+    """Cost of the four states in units of 4 bits a weight: a skip still fills keys and values in INT4, unless kv is "none".
 
-    Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (model.Config).
+    Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (model.Config). For a policy that gives
+    attention and MLP states of their own (2, 4): the costs of each, in proportion to its parameters.
     """
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    block = config.n_embd * (2 * q + 2 * kv + 3 * config.n_hidden)
-    return torch.tensor([2 * kv * config.n_embd / block, 1.0, 2.0, 4.0])
+    block = 2 * q + 2 * kv + 3 * config.n_hidden
+    fill = 0.0 if policy is not None and policy.kv == "none" else 2 * kv / block
+    if policy is None or len(policy.scale) == config.n_layer:
+        return torch.tensor([fill, 1.0, 2.0, 4.0])
+    attention = (2 * q + 2 * kv) / block
+    return torch.tensor([[fill, *(s * attention for s in (1, 2, 4))], [0.0, *(s * (1 - attention) for s in (1, 2, 4))]])
 
 
 def latency_costs(path, device):
@@ -76,7 +81,9 @@ def latency_costs(path, device):
 
 
 def mean_cost(states, costs):
-    """states (L, ...) in 0, 1, 2, 4 -> mean cost of a block, a float."""
+    """states (L, ...) in 0, 1, 2, 4 -> mean cost of a block, a float. With costs (2, 4): states (2 L, ...), attention and MLP in turn."""
+    if costs.dim() == 2:
+        return mean_cost(states[::2], costs[0]) + mean_cost(states[1::2], costs[1])
     share = torch.bincount(INDEX[states.long().cpu()].flatten(), minlength=4) / states.numel()
     return float((share * costs.cpu()).sum())
 
@@ -172,10 +179,10 @@ def plan(i, n_layer, horizon):
 
     horizon 1 is the paper (Eq 19-20): block i + 1 from the input of block i. A longer horizon g waits for the output of the
     first block, plans the g blocks after it, and plans the next g from the input of the last of them; g = L (or more) plans
-    the whole path once.
+    the whole path once. Horizon 0 decides each block from its own input: nothing is guessed, nothing can overlap.
     """
-    if horizon == 1:
-        return range(i + 1, min(i + 2, n_layer))
+    if horizon < 2:
+        return range(max(1, i + horizon), min(i + horizon + 1, n_layer))
     if i == 1:
         return range(1, min(1 + horizon, n_layer))
     return range(i + 1, min(i + 1 + horizon, n_layer)) if i and i % horizon == 0 else range(0)
@@ -188,14 +195,16 @@ def plan(i, n_layer, horizon):
 class Fixed:
     """States given beforehand: (L,) the same for every token, or (L, B, T) as recorded from an earlier call.
 
-    Any object with these four members is a policy: `int4`, the name of cached INT4 codes or None (`LLM.quantize`);
-    `states`, which the model sets to a fresh (L, B, T) uint8 tensor of 4s at every call; `scale`, a_i per block; and
+    Any object with these five members is a policy: `int4`, the name of cached INT4 codes or None (`LLM.quantize`);
+    `states`, which the model sets to a fresh (L, B, T) uint8 tensor of 4s at every call; `scale`, a_i per block;
     `decide(i, x, start)`, called before block i with its input x (B, T, C), whose first token has position `start`: it
-    writes into `states` for block i or any later one.
+    writes into `states` for block i or any later one; and `kv`, where later tokens find the keys and values of a token that
+    skips a block: "fill", its input through k_proj and v_proj in INT4; "copy", the same from the input of the last block that the
+    token ran; "none", nowhere. With 2 L scales "block" means sublayer: attention of block 1, its MLP, attention of block 2...
     """
 
-    def __init__(self, states, scale=None):
-        self.given, self.int4 = torch.as_tensor(states, dtype=torch.uint8), None
+    def __init__(self, states, scale=None, kv="fill"):
+        self.given, self.int4, self.kv = torch.as_tensor(states, dtype=torch.uint8), None, kv
         self.scale = [1.0] * len(self.given) if scale is None else scale
         self.states = None
 
@@ -279,7 +288,8 @@ class Policy:
     the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
     mu: the price in use, a float or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the temperature of
-    sampling; tracked: None, or the speedup that the price follows while decoding.
+    sampling; tracked: None, or the speedup that the price follows while decoding; kv: see `Fixed`; allowed: the states to choose
+    from (ablations).
     """
 
     PATIENCE = 32  # tokens over which the price pays back what was overspent
@@ -288,7 +298,7 @@ class Policy:
         self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
         self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
         self.mu, self.tau, self.generator, self.states, self.tracked = 0.0, None, None, None, None
-        self.int4 = self.settings.get("int4")
+        self.int4, self.kv, self.allowed = self.settings.get("int4"), "fill", (0, 1, 2, 4)
 
     def at(self, speedup, track=False):
         """Use the price for this speedup and return self. ValueError when no price was calibrated for it.
@@ -368,7 +378,9 @@ class Policy:
         return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
 
     def priced(self, table):
-        """q - mu cost for (B, T, g, ..., 4)."""
+        """q - mu cost for (B, T, g, ..., 4); -inf for what is not allowed."""
+        if len(self.allowed) < 4:
+            table = table.masked_fill(~torch.isin(STATES, torch.tensor(self.allowed)).to(table.device), -math.inf)
         if torch.is_tensor(self.mu):
             return table - self.mu.view(*self.mu.shape, *[1] * (table.dim() - self.mu.dim())) * self.costs
         return torch.sub(table, self.costs, alpha=self.mu)
@@ -394,7 +406,7 @@ class Policy:
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
             numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
             name = policy.int4 or ""  # of a file in the cache
-            if policy.costs.shape != (4,) or policy.horizon < 1 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
+            if policy.costs.shape != (4,) or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
                 raise ValueError("values out of range")
             if sorted(s for s, _ in policy.prices) != [s for s, _ in policy.prices]:
                 raise ValueError("prices out of order")
@@ -445,9 +457,9 @@ def block_weights(states):
     return torch.sigmoid((spent[-1:] - spent) / (4 * len(states)))
 
 
-def rewards(states, r_acc, beta, costs=STATES):
-    """R_i = w_i R_acc + beta R_eff(i) (Eq 12): states (L, ...), r_acc (...) -> (L, ...)."""
-    return block_weights(states) * r_acc + beta * efficiency_reward(states, costs)
+def rewards(states, r_acc, beta, costs=STATES, weights=True):
+    """R_i = w_i R_acc + beta R_eff(i) (Eq 12): states (L, ...), r_acc (...) -> (L, ...). weights False: every w_i is 1 (ablation)."""
+    return (block_weights(states) if weights else 1.0) * r_acc + beta * efficiency_reward(states, costs)
 
 
 def returns(R):

@@ -25,6 +25,7 @@ bit; with --train-model also model.safetensors and its checkpoint, base.safetens
 import hashlib
 import io
 import json
+import math
 import time
 from pathlib import Path
 
@@ -391,7 +392,8 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
             policy.seen = {}
             r_acc, states, of_tokens = reward_of(model, examples[n], policy)
-            G = returns(rewards(states, r_acc, beta, STATES if policy.settings["cost"] == "bits" else policy.costs))[1:]
+            costed = STATES if policy.settings["cost"] == "bits" else policy.costs
+            G = returns(rewards(states, r_acc, beta, costed, policy.settings["weights"]))[1:]
             advantage = G - leave_one_out(G)
             spread = advantage.flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of their spread
             loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), advantage / spread, 0.0), ALPHA) / BATCH
@@ -554,6 +556,9 @@ def save_base(model, path):
 # 5 Compare
 
 
+SHADES = ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8"))  # of the states
+
+
 def plot(path, log, states, names, rows):
     """Three panels: training, KL by method, states by block."""
     figure = Figure(figsize=(15, 4), layout="constrained")
@@ -569,7 +574,7 @@ def plot(path, log, states, names, rows):
     b.set(xlabel="KL to the full model, nats", title="Held-out")
     b.locator_params(axis="x", nbins=5)
     bottom = torch.zeros(len(states))
-    for s, label, color in ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8")):
+    for s, label, color in SHADES:
         share = (states == s).float().mean(1)
         c.bar(range(1, len(states) + 1), share, bottom=bottom, label=label, color=color, width=1.0, edgecolor="white")
         bottom += share
@@ -594,12 +599,15 @@ def arguments():
     p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
-    p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper; default all, one decision a token")
+    p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl"], help="fisher labels, or the paper's policy gradient")
     p.add_argument("--samples", type=int, default=24, help="fisher: label this many times 1,024 tokens")
     p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
+    p.add_argument("--lam", type=float, default=LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
+    p.add_argument("--beta", type=float, help="rl: weight of the efficiency reward (Eq 12); default four times the static plan's price")
+    p.add_argument("--no-weights", action="store_true", help="rl: w_i = 1 for every block (Eq 14 left out)")
     p.add_argument("--out", default="out", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
@@ -649,23 +657,25 @@ def learn_from_rewards(scorer, model, examples, few, scale, costs, horizon, args
     write_whole(log_path, "".join(line + "\n" for line in kept).encode())
     unit = float((damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9))
     with open(log_path, "a") as log:
-        learn(rollout, model, examples, 4 * mu, unit, args.steps, goal, checkpoint, log)
+        learn(rollout, model, examples, 4 * mu if args.beta is None else args.beta, unit, args.steps, goal, checkpoint, log)
     return damage
 
 
 def main():
     args, began = arguments(), time.time()
-    if args.steps < 1 or args.samples < 1 or (args.horizon or 1) < 1:
-        raise ValueError("--steps, --samples and --horizon must be at least 1")
-    if args.start and args.objective != "rl":
-        raise ValueError("--start is for --objective rl")
+    if args.steps < 1 or args.samples < 1 or (args.horizon or 0) < 0:
+        raise ValueError("--steps and --samples must be at least 1, --horizon at least 0")
+    if args.objective != "rl" and (args.start or args.lam != LAM or args.beta is not None or args.no_weights):
+        raise ValueError("--start, --lam, --beta and --no-weights are for --objective rl")
+    if not all(math.isfinite(v) and v >= 0 for v in (args.lam, args.beta or 0.0)):
+        raise ValueError("--lam and --beta must be 0 or more")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     text = load_text(args.data, "train", args.data_dir)
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
     bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
-    horizon = min(args.horizon or L, L)
+    horizon = L if args.horizon is None else min(args.horizon, L)
     costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets or not targets[0] <= args.speedup <= targets[-1]:
@@ -686,14 +696,15 @@ def main():
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "start": args.start, "int4": codes_name(pool), "fingerprint": model.fingerprint()}
+                "overhead": list(overhead), "start": args.start, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
+                "int4": codes_name(pool), "fingerprint": model.fingerprint()}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
 
     found = profile(model, samples)
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     cache_codes(model, pool)
     model.quantize(int4=settings["int4"])
-    scorer = Scorer(L, model.config.n_embd, LAM if args.objective == "rl" else 0.0).to(device)
+    scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0).to(device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
     log_path, tables = out / "train.jsonl", {}
@@ -708,7 +719,7 @@ def main():
     calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
     before = []
     if args.train_model:
-        before = compare(model, test, [None, policy.at(args.speedup)], bits)
+        before = compare(model, test, [None, policy.at(args.speedup)])
         base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume)
         train_base(model, policy.at(args.speedup), read("train", 10**6, LONG), args.steps, base)
         save_base(model, out / "model.safetensors")
@@ -724,7 +735,7 @@ def main():
     equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
-    rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8], bits) + before
+    rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
     markdown = comparison_table(names, rows, choice)
     print("\n" + markdown)

@@ -9,7 +9,7 @@ import train
 from baselines import compare
 from data import item_examples, kl, load_articles, load_items, outcomes, question
 from model import load
-from policy import Fixed, bit_costs
+from policy import Fixed
 from test_routing import random_policy
 
 ITEMS = [{"question": "What sat on the mat?", "choices": ["the cat", "the dog ate the hat", "2024"], "answer": 0},
@@ -51,7 +51,7 @@ def test_likelihood_of_a_choice_is_the_sum_over_its_tokens(tiny):
 def test_accuracy_and_cost_count_no_padding(tiny):
     model, tokenizer = load(str(tiny))
     examples = item_examples(tokenizer, ITEMS, 512, "cpu")
-    full, int4 = compare(model, examples, [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))
+    full, int4 = compare(model, examples, [None, Fixed([4, 1, 1, 1])])
     right = [outcomes(model, model.hidden(e.rows), e)[0].argmax().item() == e.answer for e in examples]
     assert full["accuracy"] == sum(right) / 2 and full["kl"] == 0 < int4["kl"]
     assert int4["raw"].shape == (4, sum(sum(e.lengths) for e in examples))

@@ -172,7 +172,7 @@ def test_prices_meet_their_targets(tiny, some_text):
 def test_comparison_numbers(tiny, some_text):
     model, tokenizer = load(str(tiny))
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(2, 48)
-    full, same, int4 = compare(model, text_examples(tokens), [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])], bit_costs(model.config))
+    full, same, int4 = compare(model, text_examples(tokens), [None, Fixed([4] * 4), Fixed([4, 1, 1, 1])])
     logits = torch.stack([model(t[None])[0] for t in tokens])[:, :-1]
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert full["nats"] == pytest.approx(nats.item(), rel=1e-5) == pytest.approx(same["nats"], rel=1e-5)
@@ -243,9 +243,9 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
     train.choose_codes(model, tokens, half, kept.append)
     assert all(torch.equal(a, b) for key in some for a, b in zip(some[key], half[key]))
     model.quantize(int4=name)
-    gptq = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    gptq = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])])[1]["kl"]
     model.quantize()
-    nearest = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])], bit_costs(model.config))[1]["kl"]
+    nearest = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])])[1]["kl"]
     assert gptq < nearest
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
