@@ -106,7 +106,7 @@ def with_kv(policy, kv):
 def measured_speedup(model, tokenizer, policy, prompt, tokens=48, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     ratios = []
-    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt)) + tokens)) if callable(policy) else policy
+    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt, add_special_tokens=True)) + tokens)) if callable(policy) else policy
     for _ in range(pairs):
         speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
         ratios.append(speeds[0] / speeds[1])
@@ -135,7 +135,7 @@ def summaries(model, tokenizer, articles, policies):
         for article in articles:
             text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
             prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
-            length = len(tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)) + SUMMARY
+            length = len(tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)) + SUMMARY
             routed = policy(torch.zeros(1, length)) if callable(policy) else policy
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
@@ -669,7 +669,7 @@ SHAPES = {
                          block_size=4096, rope_theta=1e4, norm_eps=1e-5, tied=False),
     "Qwen2.5-7B": Config(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, n_hidden=18944, vocab_size=152064,
                          block_size=32768, rope_theta=1e6, norm_eps=1e-6, tied=False, qkv_bias=True)}
-IDS = SimpleNamespace(encode=list, decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())  # a tokenizer of nothing but ids
+IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())  # a tokenizer of nothing but ids
 
 
 @torch.no_grad()
