@@ -5,7 +5,8 @@
     table     the paper's Tables 1-2: every method at every speedup on every task, or on --task; results/table-TASK.json and .png.
               A policy a task, as in the paper: --policy 'out-{task}/policy.safetensors'
     frontier  what is lost at six speedups: random states, the best static plan, a plan by position, the policy and those given
-              by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs; results/frontier-TASK.json, .png
+              by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs;
+              results/frontier-TASK.json and .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
               bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart.
               --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead
@@ -135,8 +136,8 @@ def summaries(model, tokenizer, articles, policies):
         for article in articles:
             text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
             prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
-            length = len(tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)) + SUMMARY
-            routed = policy(torch.zeros(1, length)) if callable(policy) else policy
+            ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
+            routed = policy(torch.zeros(1, len(ids) + SUMMARY)) if callable(policy) else policy
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
             states.append(out["states"])
@@ -669,7 +670,8 @@ SHAPES = {
                          block_size=4096, rope_theta=1e4, norm_eps=1e-5, tied=False),
     "Qwen2.5-7B": Config(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, n_hidden=18944, vocab_size=152064,
                          block_size=32768, rope_theta=1e6, norm_eps=1e-6, tied=False, qkv_bias=True)}
-IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())  # a tokenizer of nothing but ids
+# a tokenizer of nothing but ids
+IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())
 
 
 @torch.no_grad()

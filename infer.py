@@ -263,9 +263,11 @@ class Engine:
 
 def engine_for(model, policy, size):
     """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
-    routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu)
-    if not (policy is None or ((routed or type(policy) in (Fixed, ByPosition)) and policy.kv == "fill" and len(policy.scale) == model.config.n_layer)):
-        return None
+    if policy is not None:
+        routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu)
+        known = type(policy) in (Fixed, ByPosition)  # others may decide by what they see
+        if not (routed or known) or policy.kv != "fill" or len(policy.scale) != model.config.n_layer:
+            return None
     if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
         model.engine = Engine(model, size)
     return model.engine
@@ -329,7 +331,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     if engine:
         engine.wait()
     step_s = statistics.median(seconds[1:] or seconds)
-    return {"text": tokenizer.decode_bytes(new).decode("utf-8", "replace"), "tokens": new, "prompt_tokens": len(ids), "states": torch.cat(ran, 1),
+    return {"text": tokenizer.decode_bytes(new).decode("utf-8", "replace"), "tokens": new, "prompt_tokens": len(ids),
+            "states": torch.cat(ran, 1),
             "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(L, 0, dtype=torch.uint8),
             "first_token_s": seconds[0], "step_s": step_s, "tokens_per_second": 1 / step_s}
 

@@ -39,8 +39,9 @@ from baselines import compare, comparison_table
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load, read_codes
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket,
-                    command_line, goal_cost, latency_costs, lock_folder, lowest_price, mean_cost, most_speedup, pick_device, plan, policy_gradient,
-                    random_states, read_safetensors, returns, rewards, save_result, static_plan, temperature, total_loss, write_whole)
+                    command_line, goal_cost, latency_costs, lock_folder, lowest_price, mean_cost, most_speedup, pick_device, plan,
+                    policy_gradient, random_states, read_safetensors, returns, rewards, save_result, static_plan, temperature, total_loss,
+                    write_whole)
 from quant import dequantize_int4, gptq_int4, pack_nibbles
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
