@@ -243,7 +243,7 @@ def evaluate(args):
 # ----------------------------------------------------------------------------------------------------------
 # table
 
-TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 40, "mmlu_5shot": 12, "arc_challenge": 40, "arc_easy": 40}  # examples without --full
+TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 24, "mmlu_5shot": 5, "arc_challenge": 20, "arc_easy": 20}  # examples without --full
 PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
           "arc_challenge": "arc_c_acc"}  # what paper.json calls a task
 ASKED = (1.33, 1.67, 2.0)
