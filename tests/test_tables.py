@@ -161,7 +161,7 @@ def test_five_shots_are_those_of_the_harness(data):
 def test_too_few_shots_are_named(data, tmp_path):
     shutil.copytree(data / "mmlu", tmp_path / "mmlu")
     (tmp_path / "mmlu" / "dev.jsonl").write_text(lines(load_items("mmlu", "test", data)[:4]))
-    with pytest.raises(ValueError, match="dev.jsonl has 4"):
+    with pytest.raises(ValueError, match="dev split has 4"):
         load_items("mmlu_5shot", "test", tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_accuracy_is_the_harness_acc(made, data):
 
 
 def test_a_choice_without_tokens_is_refused():
-    drops_x = type("T", (), {"encode": staticmethod(lambda text: list(text.replace("x", "").rstrip(" ").encode()))})()
+    drops_x = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.replace("x", "").rstrip(" ").encode()))})()
     with pytest.raises(ValueError, match="adds no token"):
         item_examples(drops_x, [{"question": "a", "choices": ["b", "x"], "answer": 0}], 100, "cpu")
 
@@ -192,11 +192,9 @@ def test_articles(data, tmp_path):
     articles = load_articles("cnn_dm", "test", data)
     assert len(articles) == 4 and set(articles[0]) == {"id", "article", "highlights"}
     assert articles[0]["highlights"] in load_text("cnn_dm", "train", data)
-    with pytest.raises(ValueError, match="--data-dir"):
-        load_articles("cnn_dm", "test")
     (tmp_path / "cnn_dm").mkdir()
     file = tmp_path / "cnn_dm" / "test.jsonl"
-    for bad, word in (("{", "line 2"), ('{"article": "a"}', "highlights"), ('{"article": 3, "highlights": "b"}', "no text"), ("[]", "line 2")):
+    for bad, word in (("{", "line 2"), ('{"article": "a"}', "highlights"), ('{"article": 3, "highlights": "b"}', "all text"), ("[]", "line 2")):
         file.write_text(json.dumps(articles[0]) + "\n" + bad)
         with pytest.raises(ValueError, match="test.jsonl, line 2") as e:
             load_articles("cnn_dm", "test", tmp_path)

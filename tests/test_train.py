@@ -97,7 +97,11 @@ def test_kill_9_at_random_moments_of_training(tiny, some_text, tmp_path, objecti
 
 def test_kill_9_at_random_moments_of_bench(tiny, tmp_path):
     """Results are the old ones or the new ones, whole."""
-    command, rng = ["bench.py", "ablation", "--model", tiny, "--limit", 1, "--results", tmp_path], random.Random(0)
+    policy = random_policy(load(str(tiny))[0], 0)
+    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"objective": "fisher", "seed": 0}
+    policy.save(tmp_path / "p.safetensors")
+    command = ["bench.py", "ablation", "--model", tiny, "--policy", tmp_path / "p.safetensors", "--limit", 1, "--results", tmp_path]
+    rng = random.Random(0)
     began = time.time()
     assert script(*command).returncode == 0
     seconds, file = time.time() - began, tmp_path / "ablation.json"
