@@ -596,8 +596,8 @@ def save_figure(figure, path):
 def arguments():
     p = Parser(__doc__)
     p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
-    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
-    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on")
+    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
+    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")

@@ -55,12 +55,13 @@ def test_a_long_decode_does_not_drift(tiny):
 
 
 @torch.no_grad()
-def test_soak_of_ten_thousand_tokens(tiny):
+def test_soak_of_ten_thousand_tokens(tmp_path):
     """24 prompts, 420 tokens each, routed at random and sampled: no tensor stays alive, and memory does not grow."""
     import gc
     import resource
 
-    model, tokenizer = load(str(tiny))
+    tiny_folder(tmp_path, layers=2)
+    model, tokenizer = load(str(tmp_path))
     tokenizer.eos, made = (), 0
     count = lambda: (gc.collect(), sum(type(o) is torch.Tensor for o in gc.get_objects()))[1]
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
