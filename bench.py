@@ -336,7 +336,7 @@ def name_of(policy):
 def frontier(args):
     """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
     task = "wikitext2" if args.data_dir else "pydocs"
-    model, tokenizer, policies, known, examples = at_hand(args, "wikitext2" if args.data_dir else "lm", 8, args.policy)
+    model, tokenizer, policies, known, examples = at_hand(args, task.replace("pydocs", "lm"), 8, args.policy)
     policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
@@ -386,11 +386,8 @@ def frontier(args):
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
                "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
                "plan of the column costs. Ratios with 95% intervals over windows.")
-    path = Path(args.results) / f"frontier-{task}.json"
-    save_result(path, device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens, budget=kept, rows=rows,
-                policy={k: v for k, v in policy.settings.items() if "damage" not in k})
-    frontier_chart(path.with_suffix(".png"), rows, task)
-    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}")
+    publish(args, f"frontier-{task}", model, frontier_chart(rows, task), caption=caption, markdown=markdown, tokens=tokens, budget=kept,
+            rows=rows, policy={k: v for k, v in policy.settings.items() if "damage" not in k})
 
 
 def frontier_cells(rows, speedups):
@@ -413,7 +410,7 @@ def frontier_cells(rows, speedups):
     return ["", *(f"{s:g}x" for s in speedups)], cells
 
 
-def frontier_chart(path, rows, task):
+def frontier_chart(rows, task):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
@@ -427,7 +424,7 @@ def frontier_chart(path, rows, task):
         axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(6, -12), textcoords="offset points")
     axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", yscale="log")
     axes.legend()
-    save_figure(figure, path)
+    return figure
 
 
 @torch.inference_mode()
@@ -621,13 +618,10 @@ def speed(args):
         "memory": {"bytes": sizes, "all precisions / bf16": sizes["all"] / sizes["bf16 model"]},
         "bandwidth_gb_s": bandwidth,
         "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
-    path = Path(args.results) / f"speed-{device.type}.json"
     caption = (f"Batch 1, prompt of 64 tokens, {tokens} new ones, median step, {args.rounds} alternating rounds, {threads} threads; the policy "
                f"was trained for --cost {policy.settings.get('cost', 'bits')}.")
-    markdown = speed_tables(result)
-    save_result(path, device, model, args.seed, caption=caption, markdown=markdown, **result)
-    speed_chart(path.with_suffix(".png"), result, device_name(device))
-    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {path.with_suffix('.png')}")
+    publish(args, f"speed-{device.type}", model, speed_chart(result, device_name(device)), caption=caption, markdown=speed_tables(result),
+            **result)
 
 
 def speed_tables(r):
@@ -652,7 +646,7 @@ def speed_tables(r):
         f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
 
 
-def speed_chart(path, result, device):
+def speed_chart(result, device):
     rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
@@ -661,7 +655,7 @@ def speed_chart(path, result, device):
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
     axes.margins(x=0.1)
-    save_figure(figure, path)
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------
