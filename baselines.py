@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import format_table
 from data import kl, outcomes
-from policy import (STATES, ByPosition, Fixed, bit_costs, format_table, lowest_price, mean_cost, random_states, speedup_bits, state_shares,
-                    static_plan)
+from policy import STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
 
 
 @dataclass

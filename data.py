@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from model import hub_snapshot
+from weights import hub_snapshot
+
 
 HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "cnn_dm": ("abisee/cnn_dailymail", "3.0.0"), "mmlu": ("cais/mmlu", "all"),
        "arc_easy": ("allenai/ai2_arc", "ARC-Easy"), "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge")}

@@ -18,10 +18,11 @@ import time
 
 import torch
 
+from common import Parser, command_line, pick_device
 from model import Block, KVCache, load
-from policy import (INDEX_OF, STATE_OF, ByPosition, Fixed, Parser, Policy, Scorer, bit_costs, command_line, mean_cost, pick_device, plan,
-                    speedup_bits, state_shares)
+from policy import INDEX_OF, STATE_OF, ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares
 from quant import CHOSEN
+
 
 COLORS = {0: "\033[90m", 1: "\033[36m", 2: "\033[33m", 4: "\033[31m"}  # skip grey, INT4 cyan, INT8 yellow, full red
 RESET = "\033[0m"

@@ -21,17 +21,15 @@ by block, and e(s), e(s') as a bias of the output, looked up by block and state:
 The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
 """
 
-import argparse
-import errno
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from common import device_name, read_safetensors, write_whole
 
 STATES = torch.tensor([0, 1, 2, 4])  # index -> state
 INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
@@ -475,137 +473,3 @@ def policy_gradient(logp, G, baseline):
 def total_loss(ce, pg, alpha):
     """loss = CE + alpha PG (Eq 17). With the base model frozen CE is a constant and only PG teaches the scorer."""
     return ce + alpha * pg
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files and the command line
-
-
-ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
-
-
-def make_folder(path):
-    """Make a folder that can be written, unless it is there; returns its Path. OSError names it."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "it cannot be written")
-    except OSError as e:
-        raise OSError(f"cannot write into {path} ({e.strerror}); {ELSEWHERE}") from None
-    return Path(path)
-
-
-def lock_folder(path):
-    """Make a folder and keep other runs out of it while this process lives, however it ends. ValueError when one is in it already."""
-    folder = make_folder(path)
-    try:
-        import fcntl
-
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing into {folder}; wait for it, or give another folder with --out") from None
-    except (ImportError, OSError):  # Windows, and file systems without locks
-        pass
-    for part in folder.glob("*.part"):  # of a run that was killed while it wrote
-        part.unlink(missing_ok=True)
-    return folder
-
-
-def write_whole(path, data):
-    """Write bytes to a file so that it is there whole or not at all, even through a crash."""
-    path = make_folder(Path(path).parent) / Path(path).name
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise OSError(f"cannot write {path} ({e.strerror}); free some space there, or {ELSEWHERE}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_safetensors(path):
-    """A safetensors file that we wrote -> (tensors, the JSON under its "dash" key). Errors name the path."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with python train.py")
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
-
-
-def format_table(header, rows):
-    """Lists of cells -> a Markdown table whose columns line up in a terminal too."""
-    widths = [max(len(str(row[n])) for row in [header, *rows]) for n in range(len(header))]
-    line = lambda row: "| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |"
-    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
-
-
-def save_result(path, device, model, seed, **content):
-    """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
-    import platform
-
-    about = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-             "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
-    write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
-
-
-def device_name(device):
-    """What a reader of a number wants to know of the device: its name, and for a CPU the cores that were used and their vector unit."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    import platform
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake gets one line, not the usage text."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def command_line(main):
-    """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(fail(" ".join(str(e).split())))
-    except torch.OutOfMemoryError:
-        sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
-                      "--samples, a shorter --prompt, or --device cpu"))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted; what was finished is kept, and train.py goes on from it with --resume"))
-
-
-def fail(message):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return 2
-
-
-def pick_device(name):
-    """ "auto", "cpu", "cuda", ... -> torch.device. ValueError when there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
-        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
-    return device

@@ -23,11 +23,9 @@ bit; with --train-model also model.safetensors and its checkpoint, base.safetens
 """
 
 import hashlib
-import io
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +34,15 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from baselines import compare, comparison_table
+from common import Checkpoint, Parser, command_line, lock_folder, pick_device, save_figure, save_result, write_whole
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
-from model import load, read_codes
-from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Parser, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket,
-                    command_line, goal_cost, latency_costs, lock_folder, lowest_price, mean_cost, most_speedup, pick_device, plan,
-                    policy_gradient, random_states, read_safetensors, returns, rewards, save_result, static_plan, temperature, total_loss,
-                    write_whole)
+from model import load
+from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket, goal_cost,
+                    latency_costs, lowest_price, mean_cost, most_speedup, plan, policy_gradient, random_states, returns, rewards,
+                    static_plan, temperature, total_loss)
 from quant import dequantize_int4, gptq_int4, pack_nibbles
+from weights import read_codes
+
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0, 4.25, 4.5]  # speedups with a price
@@ -414,38 +414,6 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
     policy.tau = None
 
 
-class Checkpoint:
-    """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
-
-    def __init__(self, path, settings, seed, resume):
-        settings = dict(settings)
-        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), settings, seed, {}, {"step": 0}
-        if resume and self.path.exists():
-            self.tensors, self.meta = read_safetensors(path)
-            if self.meta.get("settings") != settings:
-                other = {k: v for k, v in self.meta.get("settings", {}).items() if settings.get(k) != v}
-                raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
-
-    def write(self, step, tensors, **more):
-        meta = {"step": step, "settings": self.settings, **more}
-        write_whole(self.path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"dash": json.dumps(meta)}))
-
-    def save(self, step, parameters, optimizer, generator, **more):
-        """parameters: {name: tensor} that the optimizer trains."""
-        adam = {f"adam.{name}.{k}": v for name, p in parameters.items() for k, v in optimizer.state[p].items()}
-        self.write(step, parameters | adam | {"generator": generator.get_state()}, **more)
-
-    def restore(self, parameters, optimizer, generator):
-        """Put parameters, optimizer and generator back; returns the step to go on with, 0 for a fresh run."""
-        for name, p in parameters.items() if self.meta["step"] else ():
-            prefix = f"adam.{name}."
-            p.data.copy_(self.tensors[name])
-            optimizer.state[p] = {k[len(prefix):]: v.to(p.device if v.dim() else "cpu") for k, v in self.tensors.items() if k.startswith(prefix)}
-        if self.meta["step"]:
-            generator.set_state(self.tensors["generator"])
-        return self.meta["step"]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # 4 Prices
 
@@ -582,12 +550,6 @@ def plot(path, log, states, names, rows):
     c.set(xlabel="block", ylabel="share of tokens", title=f"DASH, {rows[1]['speedup']:.2f}x", xlim=(0.5, len(states) + 0.5))
     c.legend(loc="lower right")
     save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------------------

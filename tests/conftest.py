@@ -95,7 +95,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.e
 
 
 def _forked(name, args, env, cwd, output):
-    from policy import command_line
+    from common import command_line
 
     for fd, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)

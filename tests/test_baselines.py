@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import baselines
-from bench import METHODS, SKIPS
 from conftest import tiny_folder
+from evaluate import METHODS, SKIPS
 from model import KVCache, load
 from policy import Fixed, bit_costs, mean_cost, plan, rewards, speedup_bits
 from test_routing import agree, decode, random_policy

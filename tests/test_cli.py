@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from conftest import script
-from model import GGUF, load
+from model import load
 from policy import Policy
+from weights import GGUF
 from test_routing import random_policy
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
 import quant
+import speed
 from conftest import script, tiny_folder
 from infer import Engine, bucket_of, generate
 from model import check_gpu, load
@@ -89,7 +89,7 @@ class Shuffled(Engine):
 
 def compare(model, policy, engine, tokens=24, eos=(), **options):
     """The eager path and the engine: the same ids and states; returns what the engine made."""
-    tokenizer = SimpleNamespace(**vars(bench.IDS) | {"eos": eos})
+    tokenizer = SimpleNamespace(**vars(speed.IDS) | {"eos": eos})
     model.engine = None
     want = generate(model, tokenizer, PROMPT, policy, tokens, **options)
     model.engine = engine
@@ -261,9 +261,9 @@ def test_the_fastest_right_kernel_is_chosen_and_recorded(monkeypatch):
 
 def test_speed_of_a_shape_end_to_end():
     """The function behind --suite gpu on a tiny shape: the engine on the CPU, direct calls for graphs."""
-    config = replace(bench.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
-    r = bench.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
-    table = bench.gpu_table([r, r])
+    config = replace(speed.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
+    r = speed.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
+    table = speed.gpu_table([r, r])
     assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
     assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured"))
     assert r["ms"]["transformers"] > 0 and len({*map(len, table.splitlines())}) == 1
@@ -272,7 +272,7 @@ def test_speed_of_a_shape_end_to_end():
 
 def test_timeline(tmp_path):
     events = [("stream 7", "gemv", 0.0, 1.0), ("stream 13", "scorer", 0.1, 0.2), ("host", "cudaEventSynchronize", 0.1, 0.3)]
-    bench.timeline(tmp_path / "t.png", events, "one token")
+    speed.timeline(tmp_path / "t.png", events, "one token")
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
@@ -289,10 +289,10 @@ def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free * 10**9, 80 * 10**9))
     with pytest.raises(ValueError, match=says):
-        check_gpu(bench.SHAPES["LLaMA-2-7B"], "cuda")
+        check_gpu(speed.SHAPES["LLaMA-2-7B"], "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
-    for config in bench.SHAPES.values():
+    for config in speed.SHAPES.values():
         check_gpu(config, "cuda")
 
 
@@ -313,7 +313,7 @@ def test_on_a_gpu(tmp_path):
     for horizon in (1, 2, 6):
         for seed in range(3):
             policy = random_policy(cpu, seed, horizon).to("cuda")
-            outs = [generate(gpu, bench.IDS, PROMPT, policy, 150, sync=sync) for sync in (False, True, False)]
+            outs = [generate(gpu, speed.IDS, PROMPT, policy, 150, sync=sync) for sync in (False, True, False)]
             for out in outs[1:]:
                 assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
             fixed, rows = Fixed(outs[0]["states"][:, None], policy.scale), []

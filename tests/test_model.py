@@ -9,7 +9,8 @@ import transformers
 
 from conftest import ROOT, tiny_folder
 from infer import generate
-from model import KVCache, fetch_smollm2, load
+from model import KVCache, load
+from weights import fetch_smollm2
 
 PROMPT = "Licences of free software differ in what they ask of those who"
 

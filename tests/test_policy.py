@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import policy as P
-from model import Config
+from common import device_name
 from policy import STATES, Fixed, Policy, Scorer
+from weights import Config
 
 COSTS = torch.tensor([0.0625, 1.0, 2.0, 4.0])
 SMOLLM2 = Config(30, 9, 3, 576, 64, 1536, 49152, 8192, 1e5, 1e-5, True)
@@ -33,7 +34,7 @@ def test_speedup_in_bits_counts_every_token():
 def test_latency_cost_by_hand(tmp_path):
     table = {"0": 0.1, "1": 0.2, "2": 0.3, "4": 0.8, "overhead": 2.0, "decision": 0.2}
     file = tmp_path / "speed.json"
-    file.write_text(json.dumps({"device": P.device_name("cpu"), "latency_ms": table}))
+    file.write_text(json.dumps({"device": device_name("cpu"), "latency_ms": table}))
     costs, overhead = P.latency_costs(file, "cpu")
     assert costs.tolist() == pytest.approx([0.5, 1.0, 1.5, 4.0]) and overhead == pytest.approx((10.0, 11.0))
     goal = P.goal_cost(2.0, 10, overhead)  # full: 8 + 2 ms, so routed may take 5 ms, of which 2.2 are no block's

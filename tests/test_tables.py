@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-import bench
+import evaluate
+import tables
 from baselines import compare
 from conftest import ROOT, script, tiny_folder
 from data import item_examples, load_articles, load_items, load_text, question
@@ -77,10 +78,10 @@ def test_table(made, data):
         r = result(made, f"table-{task}")
         assert r["markdown"] in done.stdout and (made / "results" / f"table-{task}.png").exists() and r["n"] == 2
         rows = {(row["method"], row["target"]): row for row in r["rows"]}
-        assert {m for m, _ in rows} == {"full model", "int8", "int4", *bench.SKIPS, "static_mix", "dash"}
+        assert {m for m, _ in rows} == {"full model", "int8", "int4", *evaluate.SKIPS, "static_mix", "dash"}
         there = [row for row in r["rows"] if "missing" not in row]
         assert all(row["interval"][0] <= row["value"] * 1.0001 and row["value"] <= row["interval"][1] * 1.0001 for row in there)
-        assert ("measured" in rows["full model", 1.0]) == (task in bench.TEXTS)
+        assert ("measured" in rows["full model", 1.0]) == (task in evaluate.TEXTS)
         assert rows["full model", 1.0]["speedup"] == 1 and rows["unified_skip", 1.33]["speedup"] == pytest.approx(LAYERS / (LAYERS - 2))
         assert "can't reach" in r["markdown"]  # INT8 and 2.67x
         assert ("the paper's numbers, LLaMA-2-7B" in r["markdown"]) == (task != "arc_easy")
@@ -91,8 +92,8 @@ def test_table(made, data):
 
 
 def test_the_papers_numbers_are_not_ours():
-    [qwen, llama] = bench.paper_tables("wikitext2_ppl")
-    assert "the paper's numbers" in qwen and "53.2" in qwen and "38.8" in llama and bench.paper_tables(None) == []
+    [qwen, llama] = tables.paper_tables("wikitext2_ppl")
+    assert "the paper's numbers" in qwen and "53.2" in qwen and "38.8" in llama and tables.paper_tables(None) == []
 
 
 def test_ablation(made, data):
@@ -208,7 +209,7 @@ def test_rouge_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(ValueError, match="pip install rouge-score"):
-        bench.rouge()
+        evaluate.rouge()
 
 
 @pytest.mark.parametrize("args, word", [
@@ -234,7 +235,7 @@ def test_training_switches_reach_the_policy(tiny, some_text, tmp_path):
                   "--beta", 0, "--no-weights", "--horizon", 0, "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     policy = Policy.load(tmp_path / "o" / "policy.safetensors")
-    assert policy.scorer.lam == 0 and policy.horizon == 0 and bench.name_of(policy) == "rl, horizon 0, seed 0, without lam, without beta, without w_i"
+    assert policy.scorer.lam == 0 and policy.horizon == 0 and evaluate.name_of(policy) == "rl, horizon 0, seed 0, without lam, without beta, without w_i"
 
 
 def test_paper_numbers_ship_with_the_code():

@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import model
 from data import pydocs
-from model import fetch_smollm2, read_gguf, tokenizer_from_json
+from tokenizer import tokenizer_from_json
+from weights import fetch_smollm2, read_gguf
 
 
 @pytest.fixture(scope="module")

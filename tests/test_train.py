@@ -14,10 +14,11 @@ import torch
 import train
 from baselines import compare
 from conftest import CACHE, ROOT, ended, script, start
+from common import Checkpoint, read_safetensors
 from data import kl, text_examples
 from infer import generate
 from model import load
-from policy import Fixed, Policy, bit_costs, mean_cost, read_safetensors
+from policy import Fixed, Policy, bit_costs, mean_cost
 from test_routing import random_policy
 
 
@@ -264,7 +265,7 @@ def test_training_of_the_base_resumes_bit_for_bit(tiny, some_text, tmp_path):
             model, tokenizer = load(str(tiny))
             model.quantize()
             examples = text_examples(torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(3, 32))
-            train.train_base(model, random_policy(model, 0), examples, until, train.Checkpoint(tmp_path / name, {}, 0, resume=n > 0), lr=1e-3)
+            train.train_base(model, random_policy(model, 0), examples, until, Checkpoint(tmp_path / name, {}, 0, resume=n > 0), lr=1e-3)
         return model.state_dict()
 
     before, whole, resumed = load(str(tiny))[0].state_dict(), trained("whole", 12), trained("parts", 10, 12)

@@ -1,0 +1,210 @@
+"""What all scripts share: files that are whole or not there, results that say where they come from, errors of one line.
+
+    write_whole, lock_folder, Checkpoint   a killed run leaves nothing half written, and goes on with --resume
+    save_result, format_table, save_figure a result is JSON with device, versions, model, seed and command; tables are Markdown
+    Parser, command_line, pick_device      bad input, raised anywhere as ValueError or OSError, is one line and exit code 2
+"""
+
+import argparse
+import errno
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+
+ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
+
+
+ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
+
+
+def make_folder(path):
+    """Make a folder that can be written, unless it is there; returns its Path. OSError names it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as e:
+        raise OSError(f"cannot write into {path} ({e.strerror}); {ELSEWHERE}") from None
+    return Path(path)
+
+
+def lock_folder(path):
+    """Make a folder and keep other runs out of it while this process lives, however it ends. ValueError when one is in it already."""
+    folder = make_folder(path)
+    try:
+        import fcntl
+
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing into {folder}; wait for it, or give another folder with --out") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    for part in folder.glob("*.part"):  # of a run that was killed while it wrote
+        part.unlink(missing_ok=True)
+    return folder
+
+
+def write_whole(path, data):
+    """Write bytes to a file so that it is there whole or not at all, even through a crash."""
+    path = make_folder(Path(path).parent) / Path(path).name
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise OSError(f"cannot write {path} ({e.strerror}); free some space there, or {ELSEWHERE}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_safetensors(path):
+    """A safetensors file that we wrote -> (tensors, the JSON under its "dash" key). Errors name the path."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; make it with python train.py")
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
+        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
+
+
+def read_json(path):
+    """A JSON file -> a dict. ValueError or FileNotFoundError names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+class Checkpoint:
+    """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
+
+    def __init__(self, path, settings, seed, resume):
+        settings = dict(settings)
+        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), settings, seed, {}, {"step": 0}
+        if resume and self.path.exists():
+            self.tensors, self.meta = read_safetensors(path)
+            if self.meta.get("settings") != settings:
+                other = {k: v for k, v in self.meta.get("settings", {}).items() if settings.get(k) != v}
+                raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
+
+    def write(self, step, tensors, **more):
+        meta = {"step": step, "settings": self.settings, **more}
+        write_whole(self.path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"dash": json.dumps(meta)}))
+
+    def save(self, step, parameters, optimizer, generator, **more):
+        """parameters: {name: tensor} that the optimizer trains."""
+        adam = {f"adam.{name}.{k}": v for name, p in parameters.items() for k, v in optimizer.state[p].items()}
+        self.write(step, parameters | adam | {"generator": generator.get_state()}, **more)
+
+    def restore(self, parameters, optimizer, generator):
+        """Put parameters, optimizer and generator back; returns the step to go on with, 0 for a fresh run."""
+        for name, p in parameters.items() if self.meta["step"] else ():
+            prefix = f"adam.{name}."
+            p.data.copy_(self.tensors[name])
+            optimizer.state[p] = {k[len(prefix):]: v.to(p.device if v.dim() else "cpu") for k, v in self.tensors.items() if k.startswith(prefix)}
+        if self.meta["step"]:
+            generator.set_state(self.tensors["generator"])
+        return self.meta["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Results
+
+
+def format_table(header, rows):
+    """Lists of cells -> a Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(str(row[n])) for row in [header, *rows]) for n in range(len(header))]
+    line = lambda row: "| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |"
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def save_result(path, device, model, seed, **content):
+    """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
+    import platform
+
+    about = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+             "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
+    write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
+
+
+def device_name(device):
+    """What a reader of a number wants to know of the device: its name, and for a CPU the cores that were used and their vector unit."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def save_figure(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line, not the usage text."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def command_line(main):
+    """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(fail(" ".join(str(e).split())))
+    except torch.OutOfMemoryError:
+        sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
+                      "--samples, a shorter --prompt, or --device cpu"))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted; what was finished is kept, and train.py goes on from it with --resume"))
+
+
+def fail(message):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return 2
+
+
+def pick_device(name):
+    """ "auto", "cpu", "cuda", ... -> torch.device. ValueError when there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
+        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
+    return device

@@ -1,0 +1,228 @@
+"""What every comparison stands on: one or many methods on one task, with intervals, in bits and by the clock.
+
+    at_hand      model, tokenizer, policies, what is known from training text, test examples
+    make_policy  a method's name and a speedup -> what `LLM.forward` takes
+    rank         methods on a task: value, 95% interval, speedup in bits, measured speedup
+    variant      a policy with something changed, priced anew
+    publish      results/NAME.json and its picture
+
+Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU). Both run the
+same routed forward.
+"""
+
+import copy
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import baselines
+from baselines import bootstrap, compare
+from common import pick_device, save_figure, save_result
+from data import load_articles, load_examples, load_text, text_examples, windows
+from infer import generate
+from model import load
+from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
+from train import SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile, sensitivities
+
+
+SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
+METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
+TEXTS = ("lm", "wikitext2", "cnn_dm")  # tasks that are text; the others are multiple choice
+WINDOW = 1024  # tokens of an evaluation window
+TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 24, "mmlu_5shot": 5, "arc_challenge": 20, "arc_easy": 20}  # examples without --full
+PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
+          "arc_challenge": "arc_c_acc"}  # what paper.json calls a task
+ASKED = (1.33, 1.67, 2.0)
+
+
+def policy_path(args, task):
+    return args.policy.replace("{task}", task.removesuffix("_5shot"))
+
+
+def read_policy(path, model, needed):
+    """The policy file for this model, or None where it is not needed and there is none for this model."""
+    if not needed and not Path(path).is_file():
+        return None
+    policy = Policy.load(path).to(model.embed.weight.device)
+    if needed:
+        policy.check(model)
+    return policy if policy.fingerprint == model.fingerprint() else None
+
+
+def known_of(model, policy, seed):
+    """What baselines may go by: the damage that train.py left in a policy file."""
+    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed, config=model.config)
+    if policy:
+        known.scale = policy.scale
+        for name in ("damage", "position_damage"):
+            if name in policy.settings:
+                setattr(known, name, torch.tensor(policy.settings[name]))
+    return known
+
+
+def make_policy(method, speedup, known, model, policy, path):
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; measures what it has to go by."""
+    top = most_speedup(known.L, bit_costs(model.config))
+    if method not in ("full", "int8", "int4") and not 1 <= speedup <= top:
+        raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {top:.2f}")
+    if method in ("dash", "position_mix") and policy is None:
+        read_policy(path, model, True)  # says why there is none
+    if method == "dash":
+        return copy.copy(policy).at(speedup, track=True)
+    if method == "position_mix" and known.position_damage is None:
+        raise ValueError(f"{path} has no position_damage, which {method} goes by; train it again with train.py --objective fisher")
+    if method in SKIPS and known.similarity is None:
+        baselines.observe(known, model)
+    if method == "static_mix" and known.damage is None:
+        known.scale = profile(model, known.samples)["norm_ratio"].tolist()
+        known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
+    return getattr(baselines, method)(known, speedup)
+
+
+def with_kv(policy, kv):
+    """A policy, or a function that gives one, with another way to keep the keys and values of skipped tokens."""
+    if callable(policy):
+        return lambda tokens: with_kv(policy(tokens), kv)
+    policy.kv = kv
+    return policy
+
+
+def measured_speedup(model, tokenizer, policy, prompt, tokens=48, pairs=3):
+    """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
+    ratios = []
+    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt, add_special_tokens=True)) + tokens)) if callable(policy) else policy
+    for _ in range(pairs):
+        speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
+        ratios.append(speeds[0] / speeds[1])
+    return statistics.median(ratios)
+
+
+ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
+
+
+def rouge():
+    """f(reference, text) -> F measure of Rouge-L (Lin 2004), by the rouge-score package, 0 to 1."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("cnn_dm is scored with the rouge-score package, which is not installed: pip install rouge-score") from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return lambda reference, text: scorer.score(reference, text)["rougeL"].fmeasure
+
+
+def summaries(model, tokenizer, articles, policies):
+    """Rouge-L of greedy summaries under every policy: rows as `compare` makes them. A chat model is asked, any other sees TL;DR:."""
+    score, chat, rows = rouge(), bool(tokenizer.chat_template), []
+    room = min(ARTICLE, model.config.block_size - SUMMARY - 100)
+    for policy in tqdm(policies, desc="summaries", leave=False):
+        each, states = [], []
+        for article in articles:
+            text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
+            prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
+            ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
+            routed = policy(torch.zeros(1, len(ids) + SUMMARY)) if callable(policy) else policy
+            out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
+            each.append(round(score(article["highlights"], out["text"]), 6))
+            states.append(out["states"])
+        states = torch.cat(states, 1)
+        rows.append({"each": {"rougeL": each}, "rougeL": sum(each) / len(each), "states": state_shares(states), "tokens": states.shape[1],
+                     "speedup": speedup_bits(states, bit_costs(model.config, None if policy is None else routed))})
+    return rows
+
+
+METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("accuracy", lambda v: v.mean(-1)),
+           "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
+
+
+def at_hand(args, task, default, path, needed=True):
+    """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
+    test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least 1")
+    if task == "mc" and not args.file:
+        raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
+    choice, device = task not in TEXTS, pick_device(args.device)
+    name, split, folder = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
+    load_text(name, split, folder, choice)  # not there, or no text: say so before anything is loaded
+    text = load_text("pydocs", "train") if args.file or task == "lm" else load_text(task, "train", args.data_dir)
+    model, tokenizer = load(args.model, device, torch.float32)
+    policies = [read_policy(path, model, needed), *(read_policy(other, model, True) for other in args.compare)]
+    int4 = policies[0].int4 if policies[0] else None
+    for other, policy in zip(args.compare, policies[1:]):
+        if policy.int4 != int4:
+            raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
+    model.quantize(int4=int4)
+    known, context = known_of(model, policies[0], args.seed), model.config.block_size
+    known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
+    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(WINDOW, context)
+    return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
+
+
+@torch.no_grad()
+def rank(args, task, asked, default, timed=True):
+    """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
+
+    A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
+    """
+    if task == "cnn_dm":
+        rouge()
+    path, metric = policy_path(args, task), "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
+    rows, policies = [{"method": "full model", "target": 1.0}], [None]
+    for method, speedup in asked:
+        rows.append({"method": method, "target": speedup})
+        try:
+            routed = make_policy(method, speedup, known, model, policy, path)
+            policies.append(with_kv(routed, args.kv) if args.kv else routed)
+        except (ValueError, FileNotFoundError) as e:
+            if len(asked) == 1:
+                raise
+            rows[-1]["missing"] = str(e)
+    prompt, int4 = tokenizer.decode(examples[0].rows[0, :32]), policy.int4 if policy else None
+    found = compare(model, examples, policies) if task != "cnn_dm" else None
+    if timed:
+        del model
+        model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
+        model.quantize(real=True, int4=int4)
+    if task == "cnn_dm":
+        examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else default)]
+        found = summaries(model, tokenizer, examples, policies)
+    key, statistic = METRICS[metric]
+    for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
+        row |= {k: v for k, v in new.items() if k != "raw"}
+        each = row["each"][key]
+        row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
+        if timed:
+            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+    tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
+    return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
+
+
+def publish(args, name, model, figure, **content):
+    """Write results/NAME.json and, if there is a figure, NAME.png; print the table."""
+    path = Path(args.results) / f"{name}.json"
+    save_result(path, model.embed.weight.device, model, args.seed, **content)
+    if figure:
+        save_figure(figure, path.with_suffix(".png"))
+    print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {path.stem}.png' if figure else ''}\n", flush=True)
+
+
+def name_of(policy):
+    s = policy.settings
+    kind = "dash" if s["objective"] == "fisher" else "rl from fisher" if s.get("start") else "rl"
+    off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
+    return f"{kind}, horizon {policy.horizon}, seed {s['seed']}{''.join(off)}"
+
+
+def variant(policy, model, examples, speedups, **change):
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked."""
+    policy = copy.copy(policy)
+    for name, value in change.items():
+        setattr(policy, name, value)
+    policy.costs = bit_costs(model.config, policy).to(policy.costs.device)
+    calibrate_prices(policy, model, examples, speedups, [4 / s for s in speedups])
+    return [copy.copy(policy).at(s) for s in speedups]

@@ -1,0 +1,423 @@
+"""How fast it decodes: python bench.py speed, and --suite gpu
+
+    speed      on this device: milliseconds per block and state, tokens/s of every path and of the peers that are installed, routed
+               decoding against the same states known ahead, first token, memory, bandwidth. The latency table that it writes is what
+               `train.py --cost latency` trains for
+    speed_gpu  the CUDA engine on 7B shapes with random weights, and one token's timeline
+
+Contenders run in turn, round after round, in one process; a figure is the median over rounds, a comparison the median of the ratios.
+"""
+
+import copy
+import gc
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from common import device_name, format_table, pick_device, read_json, save_figure, save_result
+from data import load_text, text_examples
+from evaluate import publish
+from infer import Engine, generate
+from model import LLM, check_gpu, load
+from policy import Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
+from quant import CHOSEN
+from train import calibrate_prices
+from weights import Config, fetch_smollm2, read_gguf
+
+
+def median_of(rounds, contenders):
+    """Run every contender once a round, in turn: {name: [value of each round]}."""
+    values = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
+        for name, f in contenders.items():
+            values[name].append(f())
+    return values
+
+
+def ratio(values, a, b):
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(values[a], values[b]))
+
+
+def transformers_model(c, device):
+    """The same network in transformers, bf16, random weights. ImportError without transformers."""
+    import transformers
+
+    kind = "Qwen2" if c.qkv_bias else "Llama"
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return getattr(transformers, kind + "ForCausalLM")(config).to(torch.bfloat16).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def transformers_step(theirs, ids, tokens, **options):
+    """Median seconds of a decoding step of transformers' own `generate`."""
+    prompt, times = torch.tensor([ids], device=theirs.device), []
+    clock = SimpleNamespace(put=lambda value: times.append(time.perf_counter()), end=lambda: None)  # called with every token as it comes
+    theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
+                    streamer=clock, **options)
+    return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+
+def peers(model, tokenizer, ids, tokens, threads):
+    """Decoding with transformers in bf16 and with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
+    out, missing = {}, []
+    path = fetch_smollm2()
+    try:
+        theirs = transformers_model(model.config, "cpu")
+        theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
+        out["transformers bf16"] = lambda: transformers_step(theirs, ids, tokens)
+    except ImportError:
+        missing.append("transformers")
+    try:
+        from llama_cpp import Llama
+
+        llama = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+        def run_llama():
+            llama.reset()
+            llama.eval(ids)
+            seconds = []
+            for _ in range(tokens):
+                began = time.perf_counter()
+                llama.eval([llama.sample(temp=0.0)])
+                seconds.append(time.perf_counter() - began)
+            return statistics.median(seconds)
+
+        out["llama.cpp Q4_1"] = run_llama
+    except ImportError:
+        missing.append("llama-cpp-python")
+    return out, missing
+
+
+def read_bandwidth(device="cpu"):
+    """GB/s of reading memory, the best of 5: 1 GiB once on the CPU, 4 GiB eight times on a GPU."""
+    size, times = (2**30, 8) if torch.device(device).type == "cuda" else (2**28, 1)
+    big, best = torch.ones(size, device=device), float("inf")
+    for _ in range(5):
+        float(big[0])  # on a GPU: waits for what was launched
+        began = time.perf_counter()
+        for _ in range(times):
+            total = big.sum()
+        float(total)
+        best = min(best, time.perf_counter() - began)
+    return times * big.numel() * 4 / best / 1e9
+
+
+def speed(args):
+    if args.suite == "gpu":
+        return speed_gpu(args)
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, device, torch.bfloat16)
+    policy = Policy.load(args.policy).to(device)
+    policy.check(model)
+    model.quantize(real=True, int4=policy.int4)
+    tokenizer.eos = ()  # every run makes all its tokens
+    L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
+    text = load_text("pydocs", "test")
+    ids = tokenizer.encode(text)
+    prompt, long_prompt = tokenizer.decode(ids[:64]), tokenizer.decode(ids[: min(512, model.config.block_size - 8)])
+    step = lambda policy=None: generate(model, tokenizer, prompt, policy, tokens)["step_s"]
+
+    # Tokens/s of each path and of the peers
+    uniform = {"all bf16": None, "all INT8": Fixed([2] * L), "all INT4": Fixed([1] * L), "all skipped": Fixed([4] + [0] * (L - 2) + [1])}
+    theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads) if args.model == "smollm2" else ({}, [])
+    for name in missing:
+        print(f"not installed, so not compared: {name}")
+    seconds = median_of(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
+    per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
+
+    # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
+    def no_blocks():
+        times = []
+        for _ in range(50):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                x = model.embed(torch.tensor([[1]], device=device)).view(1, -1)
+                model.rope(5, 1)
+                int(model.logits(model.norm(x))[0].argmax())
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    overhead = statistics.median(no_blocks() for _ in range(args.rounds)) * 1000
+    total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
+    table = {"4": (total["all bf16"] - overhead) / L, "2": (total["all INT8"] - overhead) / L, "1": (total["all INT4"] - overhead) / L}
+    table["0"] = (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2)
+
+    # Routed decoding against the same states known ahead, and what the latency table promises for them
+    routed, decisions = [], []
+    for horizon in dict.fromkeys((policy.horizon, 1)):
+        for target in (1.33, 1.67, 2.0) if horizon == policy.horizon else (2.0,):
+            policy.horizon = horizon
+            policy.at(target, track=True)  # as infer.py decodes
+            out = generate(model, tokenizer, prompt, policy, tokens)
+            known = Fixed(out["states"][:, None], policy.scale)
+            values = median_of(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})
+            of_steps = out["states"][:, out["prompt_tokens"] :]
+            blocks = sum(float((of_steps == int(s)).float().mean()) * L * ms for s, ms in table.items())
+            if horizon == policy.settings.get("horizon"):
+                decisions += [1000 * (a - b) for a, b in zip(values["routed"], values["known"])]
+            routed.append({"horizon": horizon, "speedup_target": target, "cost": policy.settings.get("cost", "bits"),
+                           "speedup_bits": speedup_bits(of_steps, bit_costs(model.config)), "blocks_ms": blocks,
+                           "measured": ratio(values, "full", "routed"), "routed_over_known": ratio(values, "routed", "known")})
+    decision = max(0.0, statistics.median(decisions))
+    for row in routed:
+        row["promised"] = total["all bf16"] / (overhead + decision + row.pop("blocks_ms"))
+        row["promised_over_measured"] = row["promised"] / row["measured"]
+    policy.horizon = policy.settings.get("horizon", 1)
+
+    # First token of a long prompt
+    first = lambda p: generate(model, tokenizer, long_prompt, p, 1)["first_token_s"]
+    policy.at(1.67)
+    values = median_of(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
+    sizes = model.bytes()
+    bandwidth = read_bandwidth(device)
+    weights = {"all bf16": sizes["4"], "all INT8": sizes["2"], "all INT4": sizes["1"]}
+    result = {
+        "tokens": tokens, "prompt_tokens": 64, "rounds": args.rounds, "policy": policy.settings, "tokens_per_second": per_second,
+        "ratios": {"bf16 / transformers bf16": ratio(seconds, "transformers bf16", "all bf16") if "transformers bf16" in seconds else None,
+                   "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
+                   "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},
+        "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
+        "first_token": {"prompt_tokens": len(tokenizer.encode(long_prompt)), "speedup_target": 1.67, "routed / full": ratio(values, "routed", "full"),
+                        "full_s": statistics.median(values["full"])},
+        "memory": {"bytes": sizes, "all precisions / bf16": sizes["all"] / sizes["bf16 model"]},
+        "bandwidth_gb_s": bandwidth,
+        "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
+    caption = (f"Batch 1, prompt of 64 tokens, {tokens} new ones, median step, {args.rounds} alternating rounds, {threads} threads; the policy "
+               f"was trained for --cost {policy.settings.get('cost', 'bits')}.")
+    publish(args, f"speed-{device.type}", model, speed_chart(result, device_name(device)), caption=caption, markdown=speed_tables(result),
+            **result)
+
+
+def speed_tables(r):
+    ms, ratio_of = r["latency_ms"], lambda name: "not installed" if r["ratios"][name] is None else f"{r['ratios'][name]:.2f}"
+    rows = [[name, goal, ratio_of(name)] for name, goal in
+            (("bf16 / transformers bf16", ">= 2.0"), ("INT4 / llama.cpp Q4_1", ">= 1.0"), ("INT8 / bf16", ">= 1.6"), ("INT4 / bf16", ">= 2.4"))]
+    for row in r["routed"]:
+        rows.append([f"routed / same states known ahead, horizon {row['horizon']}, {row['speedup_target']:g}x asked",
+                     "<= 1.03" if row["horizon"] > 1 else "reported", f"{row['routed_over_known']:.3f}"])
+    for row in r["routed"]:
+        if row["horizon"] > 1:
+            rows.append([f"promised / measured at {row['speedup_target']:g}x asked (measured {row['measured']:.2f}x)", "0.95 to 1.05",
+                         f"{row['promised_over_measured']:.3f}"])
+    rows += [["weights in all three precisions / bf16 alone", "<= 1.9", f"{r['memory']['all precisions / bf16']:.2f}"],
+             [f"first token of {r['first_token']['prompt_tokens']}, routed at 1.67x / full", "<= 1.1", f"{r['first_token']['routed / full']:.2f}"]]
+    share = r["share_of_bandwidth"]
+    return "\n\n".join([
+        format_table(["path", "tokens/s", "share of the memory bandwidth"],
+                     [[name, f"{v:.1f}", f"{100 * share[name]:.0f}%" if name in share else ""] for name, v in r["tokens_per_second"].items()]),
+        format_table(["figure", "goal", "measured"], rows),
+        f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
+        f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
+
+
+def speed_chart(result, device):
+    rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
+    bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
+    axes.margins(x=0.1)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------
+# speed --suite gpu
+
+SHAPES = {
+    "LLaMA-2-7B": Config(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_hidden=11008, vocab_size=32000,
+                         block_size=4096, rope_theta=1e4, norm_eps=1e-5, tied=False),
+    "Qwen2.5-7B": Config(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, n_hidden=18944, vocab_size=152064,
+                         block_size=32768, rope_theta=1e6, norm_eps=1e-6, tied=False, qkv_bias=True)}
+# a tokenizer of nothing but ids
+IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode=lambda ids: "", decode_bytes=lambda ids: b"", eos=())
+
+
+@torch.no_grad()
+def random_model(name, config, device):
+    """A bf16 model with random weights, made on the device itself."""
+    check_gpu(config, device)
+    with torch.device("meta"):
+        model = LLM(config).bfloat16()
+    model.to_empty(device=device).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    for key, p in model.named_parameters():
+        p.fill_(1.0) if "norm" in key else p.normal_(std=0.02)
+    model.name, model.weights = name, "random weights"
+    model.quantize(real=True)
+    return model
+
+
+@torch.no_grad()
+def random_priced_policy(model, ids, horizon, targets, costs, overhead):
+    """A random scorer around plausible damages, with latency prices for the targets on the tokens `ids`."""
+    scorer = Scorer(model.config.n_layer, model.config.n_embd)
+    for p in (scorer.gain, scorer.shift, scorer.third.weight, scorer.bias):
+        torch.nn.init.normal_(p, std=0.1)
+    scorer.bias[..., :3] += torch.tensor([0.3, 0.03, 0.003]).log()  # nats: skip, INT4, INT8
+    settings = {"cost": "latency", "overhead": overhead}
+    policy = Policy(scorer, [1.0] * model.config.n_layer, costs, model.fingerprint(), horizon=horizon, settings=settings)
+    policy.to(ids.device)
+    calibrate_prices(policy, model, text_examples(ids[None]), targets, [goal_cost(s, model.config.n_layer, overhead) for s in targets])
+    return policy
+
+
+def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=64, targets=(1.33, 1.67, 2.0)):
+    """Everything that is measured for one shape: a dict for results/."""
+    model, L = random_model(name, config, device), config.n_layer
+    ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
+    half = copy.copy(model)  # the first half of the blocks, to tell what a token takes besides them
+    half.config, half._modules, half.engine = replace(config, n_layer=L // 2), dict(model._modules), None
+    half.blocks = model.blocks[: L // 2]
+    for m in (model, half):  # also on the CPU, where its graphs are direct calls
+        m.engine = Engine(m, context + tokens)
+    run = lambda policy=None, m=model, **options: generate(m, IDS, ids.tolist(), policy, tokens, **options)
+
+    def step(*args, **options):
+        """Median seconds from one token's coming to the next one's."""
+        times = []
+        run(*args, on_token=lambda *_: times.append(time.perf_counter()), **options)
+        return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+    def alternate(contenders):
+        for f in contenders.values():
+            f()  # captures its graphs
+        return median_of(rounds, contenders)
+
+    contenders = {"bf16": step, "half the blocks": lambda: step(None, half), "INT8": lambda: step(Fixed([2] * L)),
+                  "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
+    notes = {"gpt-fast": "not installed, so not compared"}
+    try:
+        theirs = transformers_model(config, device)
+        contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
+    except ImportError:
+        notes["transformers"] = "not installed, so not compared"
+    seconds = alternate(contenders)
+    theirs = contenders = None
+    ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
+    overhead = max(0.0, 2 * ms["half the blocks"] - ms["bf16"])
+    table = {"4": (ms["bf16"] - overhead) / L, "2": (ms["INT8"] - overhead) / L, "1": (ms["INT4"] - overhead) / L}
+    table["0"] = max(1e-6, (ms["skipped"] - overhead - table["4"] - table["1"]) / (L - 2))
+    unit = table["4"] / 4
+    costs = torch.tensor([table[s] / unit for s in ("0", "1", "2", "4")])
+
+    routed, decisions = [], []
+    for horizon in (L, 1):
+        policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, (overhead / unit, overhead / unit))
+        for target in targets if horizon == L else targets[-1:]:
+            policy.at(target)
+            states = run(policy)["states"]
+            same = torch.equal(states, run(policy, sync=True)["states"])
+            known = Fixed(states[:, None], policy.scale)
+            values = alternate({"async": lambda: step(policy), "sync": lambda: step(policy, sync=True), "known": lambda: step(known),
+                                "full": step})
+            if horizon == L:
+                decisions += [1000 * (a - b) for a, b in zip(values["async"], values["known"])]
+            blocks = sum(float((states[:, context:] == int(s)).float().mean()) * L * t for s, t in table.items())
+            routed.append({"horizon": horizon, "speedup_target": target, "measured": ratio(values, "full", "async"), "blocks_ms": blocks,
+                           "async / known": ratio(values, "async", "known"), "async / sync": ratio(values, "async", "sync"),
+                           "same states": same, "speedup_bits": speedup_bits(states, bit_costs(config))})
+    decision = max(0.0, statistics.median(decisions))
+    for row in routed:
+        row["measured / promised"] = row["measured"] * (overhead + decision + row.pop("blocks_ms")) / ms["bf16"]
+    sizes = model.bytes()
+    keys = 4 * L * config.n_kv_head * config.head_dim * (context + tokens // 2)  # bytes of the keys and values that a token reads
+    read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
+    return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed, "notes": notes,
+            "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
+            "bf16 / transformers": ratio(seconds, "transformers", "bf16") if "transformers" in seconds else None,
+            "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
+            "one token": one_token(lambda f: run(policy, on_token=f))}
+
+
+def one_token(run):
+    """One token's events from PyTorch's profiler: (row, name, start, milliseconds), rows by CUDA stream and "host"."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    def mark(*_):
+        with record_function("token"):
+            pass
+
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]) as p:
+        run(mark)
+    with tempfile.TemporaryDirectory() as folder:
+        p.export_chrome_trace(f"{folder}/trace.json")
+        events = [e for e in read_json(f"{folder}/trace.json")["traceEvents"] if e.get("ph") == "X"]
+    marks = sorted(e["ts"] for e in events if e["name"] == "token" and e.get("cat") == "user_annotation")
+    begin, end = marks[-3:-1]
+    row = lambda e: "host" if e["cat"] == "cuda_runtime" else f"stream {e['args']['stream']}"
+    return [(row(e), e["name"], (e["ts"] - begin) / 1000, e["dur"] / 1000) for e in events
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime") and begin <= e["ts"] < end]
+
+
+def timeline(path, events, title):
+    """Streams and host as rows, one token from left to right; the busiest stream is the main one."""
+    busy = lambda row: sum(e[3] for e in events if e[0] == row)
+    streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
+    rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for wait, color in ((False, "tab:blue"), (True, "lightgray")):
+            bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
+            axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
+    axes.set(xlabel="milliseconds", title=title, yticks=range(len(rows)), yticklabels=rows.values())
+    axes.invert_yaxis()
+    save_figure(figure, path)
+
+
+def speed_gpu(args):
+    if not torch.cuda.is_available():
+        raise ValueError("--suite gpu: PyTorch finds no CUDA device here; run it where there is one")
+    device, shapes = pick_device("cuda"), []
+    bandwidth = read_bandwidth(device)
+    for name, config in SHAPES.items():
+        shapes.append(speed_of_shape(name, config, device, args.rounds, bandwidth))
+        gc.collect()  # a model and its engine hold each other
+        torch.cuda.empty_cache()
+    events = [r.pop("one token") for r in shapes][0]
+    path = Path(args.results) / "speed-gpu.json"
+    caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step, {args.rounds} alternating rounds; a random policy with latency "
+               f"prices; memory read at {bandwidth:.0f} GB/s in the same run; every path uses an INT8 head.")
+    about = SimpleNamespace(name=" and ".join(SHAPES), weights="shapes with random weights", fingerprint=lambda: None)
+    markdown = gpu_table(shapes)
+    save_result(path, device, about, args.seed, caption=caption, markdown=markdown, bandwidth_gb_s=bandwidth, shapes=shapes,
+                kernels={k if k == "block" else " x ".join(map(str, k)): v for k, v in CHOSEN.items()})
+    picture = path.with_name("timeline-gpu.png")
+    timeline(picture, events, f"One token, {shapes[0]['name']}, decided one block ahead, {device_name(device)}")
+    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {picture}")
+
+
+def gpu_table(shapes):
+    line = lambda what, goal, f: [what, goal, *map(f, shapes)]
+    rows = [line(f"{p}, tokens/s (share of the memory bandwidth)", ">= 85%" if p == "bf16" else "",
+                 lambda r, p=p: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
+    rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: r["notes"]["gpt-fast"]),
+             *(line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not installed") for key, goal in
+               (("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0")))]
+    for n, first in enumerate(shapes[0]["routed"]):
+        how = f"horizon {'1' if first['horizon'] == 1 else 'L'}, {first['speedup_target']:g}x asked"
+        of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}"
+        rows += [line(f"routed, async / same states known ahead, {how}", "<= 1.02", of("async / known")),
+                 line(f"async / sync, {how}", "< 1", of("async / sync")),
+                 line(f"measured speedup, {how}", "", of("measured", 2)),
+                 line(f"measured / promised, {how}", "0.95 to 1.05", of("measured / promised"))]
+    rows += [line("the same states, async and sync", "all", lambda r: "yes" if all(x["same states"] for x in r["routed"]) else "no"),
+             line("weights in all three precisions", "<= 40 GB", lambda r: f"{r['bytes']['all'] / 1e9:.1f} GB")]
+    return format_table(["", "goal", *(r["name"] for r in shapes)], rows)

@@ -1,0 +1,412 @@
+"""The paper's tables and figures, and ours: python bench.py table | frontier | ablation | figures | transfer
+
+    table      Tables 1-2: every method at every speedup on every task; the paper's own numbers, from paper.json, beside ours
+    frontier   what is lost at six speedups: random states, the best static plan, a plan by position, policies; the budget while decoding
+    ablation   Table 3, and single choices of ours
+    figures    Figures 1, 2 and 4
+    transfer   Figure 5
+
+Each measures, then publishes a JSON with its Markdown table, and a picture.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import baselines
+from baselines import bootstrap, compare
+from common import format_table, read_json
+from data import kl, load_examples, load_text, outcomes, text_examples, windows
+from evaluate import ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, name_of, policy_path, publish, rank, variant
+from model import KVCache, load
+from policy import Fixed, mean_cost, most_speedup, speedup_bits
+from quant import fake_quantize
+from train import SHADES, calibrate_prices, profile, sensitivities
+
+
+# ----------------------------------------------------------------------------------------------------------
+# table
+
+
+def table(args):
+    for task in [args.task] if args.task else TASKS:
+        asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
+        asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
+        metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS)
+        header, cells = table_cells(rows, metric)
+        markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
+        trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
+        how = "in bits and measured in batch-1 decoding" if "measured" in rows[0] else "in bits"
+        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
+                   f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
+        publish(args, f"table-{task}", model, table_chart(rows, task, metric), caption=caption, markdown=markdown, metric=metric, rows=rows,
+                **facts)
+
+
+def table_cells(rows, metric):
+    """A row a method, a column a speedup; a method with one speedup of its own stands in the last column that it reaches."""
+    speedups, unit = sorted({r["target"] for r in rows} - {1.0}), 1 if metric == "perplexity" else 100
+
+    def cell(r):
+        if "missing" in r:
+            return "can't reach" if "out of reach" in r["missing"] else "no policy"
+        value, low, high = (f"{unit * v:.4g}" for v in (r["value"], *r["interval"]))
+        return f"{value} [{low}, {high}] ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
+
+    cells = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        line = {r["target"]: cell(r) for r in rows if r["method"] == method}
+        if 1.0 in line:  # asked for no speedup
+            own = next(r["speedup"] for r in rows if r["method"] == method)
+            place = max((s for s in speedups if s <= own), default=speedups[0])
+            line = {s: "can't reach" if s > own else "" for s in speedups} | {place: line[1.0]} if own > 1 else {place: line[1.0]}
+        cells.append([method, *(line.get(s, "") for s in speedups)])
+    return ["", *(f"{s:g}x" for s in speedups)], cells
+
+
+def paper_tables(key):
+    """The paper's numbers for a task, one table a model, or none."""
+    paper, out = read_json(Path(__file__).with_name("paper.json")), []
+    for model, tasks in paper["tables"].items():
+        if key in tasks:
+            full, *rest = tasks[key].items()
+            header, first = [f"the paper's numbers, {model}", *paper["speedups"]], ["full model", full[1], "", ""]
+            out.append(format_table(header, [first, *([method, *values] for method, values in rest)]))
+    return out
+
+
+def table_chart(rows, task, metric):
+    """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
+    x = "measured" if "measured" in rows[0] else "speedup"
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, colors = figure.subplots(), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+    axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
+    axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
+    there = [r for r in rows[1:] if "missing" not in r]
+    for method in dict.fromkeys(r["method"] for r in there):
+        points = sorted((r[x], r["value"]) for r in there if r["method"] == method)
+        if method in ("int8", "int4"):
+            axes.plot(*points[0], marker="s", color="black")
+            axes.annotate(method.upper(), points[0], xytext=(6, -12), textcoords="offset points")
+        else:
+            axes.plot(*zip(*points), marker="o", markersize=5, color=next(colors), linewidth=2.5 if method == "dash" else 1.2, label=method)
+    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric,
+             title=f"{task}, test", yscale="log" if metric == "perplexity" else "linear")
+    axes.legend()
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------
+# frontier
+
+SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
+
+
+@torch.no_grad()
+def frontier(args):
+    """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
+    task = "wikitext2" if args.data_dir else "pydocs"
+    model, tokenizer, policies, known, examples = at_hand(args, task.replace("pydocs", "lm"), 8, args.policy)
+    policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
+    if known.position_damage is None:
+        raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
+    costs = known.costs
+    speedups = [s for s in SPEEDUPS if s <= min(most_speedup(known.L, costs), *(p.prices[-1][0] for p in policies))]
+
+    # The static side, on training text: KL of each block alone, and of whole plans
+    train_rows = windows(tokenizer, load_text(task, "train", args.data_dir), 4, min(512, size), task, spread=True).to(device)
+    search, choose = text_examples(train_rows[:1]), text_examples(train_rows[1:])
+
+    def measure_on(examples):
+        full = [outcomes(model, model.hidden(e.rows), e)[0] for e in examples]
+        kl_of = lambda f, e, policy: kl(f, outcomes(model, model.hidden(e.rows, policy), e)[0]).mean().item()
+        return lambda states: sum(kl_of(f, e, Fixed(states, known.scale)) for f, e in zip(full, examples)) / len(examples)
+
+    alone = sensitivities(model, search, known.scale)
+    known.candidates, known.measure = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
+
+    contenders, about = [None, baselines.int8(known, 0), baselines.int4(known, 0)], [("full model", None), ("all INT8", None), ("all INT4", None)]
+    plans = [baselines.best_static(known, speedup) for speedup in tqdm(speedups, desc="static plans")]
+    # A static plan cannot cost exactly what is asked, and a price set on other text does not either: the policies get prices at which
+    # they cost on this text what the static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
+    same, trained = [mean_cost(plan.given, costs) for plan in plans], policy.prices
+    for p in policies:
+        calibrate_prices(p, model, examples, speedups, same)
+
+    def priced(p, mu):
+        p.mu = mu
+        return p
+
+    for n, (speedup, plan) in enumerate(zip(speedups, plans)):
+        contenders += [baselines.random_mix(known, speedup), plan, baselines.position_mix(known, speedup)]
+        about += [(name, speedup) for name in ("random states", "best static plan", "by position")]
+        for p in policies:  # the price is set just before each window
+            contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
+            about.append((name_of(p), speedup))
+    rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+            for (name, s), r in zip(about, compare(model, examples, contenders))]
+    policy.prices = trained
+    kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
+    tokens = sum(sum(e.lengths) for e in examples)
+    header, cells = frontier_cells(rows, speedups)
+    met = lambda k, way: f"{k[way]:.3f}x, {100 * (k[way] / k['asked'] - 1):+.1f}%"
+    markdown = "\n\n".join([format_table(header, cells), format_table(
+        ["decoding 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
+        [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
+    caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
+               "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
+               "plan of the column costs. Ratios with 95% intervals over windows.")
+    publish(args, f"frontier-{task}", model, frontier_chart(rows, task), caption=caption, markdown=markdown, tokens=tokens, budget=kept,
+            rows=rows, policy={k: v for k, v in policy.settings.items() if "damage" not in k})
+
+
+def frontier_cells(rows, speedups):
+    """A row a method, a column a speedup; under them what each policy keeps of what the best static plan loses at the same cost."""
+    full = rows[0]
+    cell = lambda r: f"{r['nats'] - full['nats']:+.4f}, {r['kl']:.4f} ({r['speedup']:.2f}x)"
+    of = {m: [r for r in rows if r["method"] == m] for m in dict.fromkeys(r["method"] for r in rows[3:])}
+    cells = [[m, *map(cell, those)] for m, those in of.items()]
+    lost = lambda r, key: [v - (f if key == "nats" else 0) for v, f in zip(r["each"][key], full["each"]["nats"])]
+    for m in list(of)[3:]:
+        for key, what in (("nats", "nats lost"), ("kl", "KL")):
+            ratios = []
+            for ours, static in zip(of[m], of["best static plan"]):
+                a, b = lost(ours, key), lost(static, key)
+                low, high = bootstrap(lambda a, b: a.sum(1) / b.sum(1), a, b)
+                ratios.append(f"{sum(a) / sum(b):.2f} [{low:.2f}, {high:.2f}]")
+            cells.append([f"{m} / best static plan, {what}", *ratios])
+    for r in rows[1:3]:
+        cells.append([r["method"], cell(r), *[""] * (len(speedups) - 1)])
+    return ["", *(f"{s:g}x" for s in speedups)], cells
+
+
+def frontier_chart(rows, task):
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
+    others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
+    for method in dict.fromkeys(r["method"] for r in rows[3:]):
+        those = [r for r in rows if r["method"] == method]
+        color = colors.get(method) or next(others, None)
+        axes.plot([r["speedup"] for r in those], [r["kl"] for r in those], marker="o", markersize=4, color=color, label=method)
+    for r in rows[1:3]:
+        axes.plot(r["speedup"], r["kl"], marker="s", color="black", linestyle="none")
+        axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(6, -12), textcoords="offset points")
+    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", yscale="log")
+    axes.legend()
+    return figure
+
+
+@torch.inference_mode()
+def budget(args, policy, task, speedups, tokens=512, prompt=32):
+    """Speedup in bits of `tokens` decoded tokens of test text, one by one, with the price fixed and with the price tracking."""
+    model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16)
+    model.quantize(real=True, int4=policy.int4)
+    size = min(tokens + prompt, model.config.block_size)
+    out = []
+    for n, example in enumerate(load_examples(task, "test", tokenizer, 3, size, args.data_dir, policy.costs.device, spread=True)):
+        for speedup in speedups:
+            row = {"text": f"{task}, {n + 1}", "asked": speedup}
+            for way in ("fixed", "tracked"):
+                policy.at(speedup, track=way == "tracked")
+                cache, states = KVCache(model, 1, size), []
+                model.hidden(example.rows[:, :prompt], policy, cache)
+                for t in tqdm(range(prompt, example.rows.shape[1]), desc=f"{row['text']}, {speedup:g}x, {way}", leave=False):
+                    model.hidden(example.rows[:, t : t + 1], policy, cache)
+                    states.append(policy.states)
+                row[way] = speedup_bits(torch.cat(states, 2), policy.costs)
+            out.append(row)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# ablation, figures, transfer
+
+
+@torch.no_grad()
+def ablation(args):
+    """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
+    task = args.task or "lm"
+    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), args.policy)
+    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
+    baselines.observe(known, model)
+    choice = examples[0].choices is not None
+    of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
+    table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
+             "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
+             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {name_of(policy)}": of()}
+    table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
+              "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
+    table |= {name_of(p): of(p) for p in policies[1:]}
+    full, *found = compare(model, examples, [None, *(p for row in table.values() for p in row)])
+    key, unit = ("accuracy", 100) if choice else ("nats", 1)
+    rows = [{"name": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+            for (name, s), r in zip([(name, s) for name in table for s in ASKED], found)]
+
+    def cell(r):
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], full["each"][key])
+        return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
+
+    few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
+    skip, least = {}, forms["least_squares"].tolist()
+    for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
+        damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
+        skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
+    model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
+    [int8] = compare(model, examples, [None])
+    markdown = "\n\n".join([
+        format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *(cell(r) for r in rows if r["name"] == name)] for name in table]),
+        *paper_tables("ablation"),
+        format_table([f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens of pydocs", "KL when one block is skipped: mean over blocks",
+                      "median", "worst"], [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()]),
+        f"Head of generation: {full['nats']:.4f} nats with the weights as loaded, {int8['nats']:.4f} in INT8."])
+    caption = (f"{task}, test, n = {len(examples)}: change of {'accuracy, points' if choice else 'nats'} against the full model "
+               f"({unit * full[key]:.4g}) [95% interval] (speedup in bits). One scorer, restricted to the states named and priced to cost on "
+               "this text what the column asks.")
+    publish(args, "ablation", model, None, caption=caption, markdown=markdown, rows=rows, n=len(examples), skip_tokens=few.numel(),
+            skip_kl=skip, head_nats={"16 bits": full["nats"], "INT8": int8["nats"]})
+
+
+@torch.no_grad()
+def figures(args):
+    """The paper's Figures 1, 2 and 4 on test text; the accuracy of Figure 1 on items of --task."""
+    task = args.task or "arc_easy"
+    if task in TEXTS:
+        raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
+    model, tokenizer, policies, known, items = at_hand(args, task, 60, args.policy)
+    baselines.observe(known, model)
+    source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
+    size = min(256, model.config.block_size)
+    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(known.samples.device)
+    x, rope, h = model.embed(rows).flatten(0, 1), model.rope(0, rows.shape[1]), []
+    for block in model.blocks:
+        h.append(x)
+        x = block(x, len(rows), [(4, None)], 1.0, rope)
+    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, x]])  # (L + 1, N, C), without first tokens
+    similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
+    what = f"{source[0]}, test, {similarity.shape[1]} tokens"
+    figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
+    figure2(args, model, known, rows, similarity, what)
+    figure4(args, model, policies, rows, similarity, what)
+
+
+def figure1(args, model, known, h, similarity, items, what):
+    """Blocks that change little, and what skipping them costs."""
+    L, order, unit = known.L, baselines.by_similarity(known), F.normalize(h, dim=-1)
+    pairs = torch.stack([(unit * one).sum(-1).mean(1) for one in unit]).cpu()
+    counts = range(min(9, L - 1))
+    each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
+    right, spans = [sum(e) / len(e) for e in each], [bootstrap(lambda v: v.mean(1), e) for e in each]
+    figure, blocks = Figure(figsize=(15, 4), layout="constrained"), range(1, L + 1)
+    a, b, c = figure.subplots(1, 3)
+    a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
+    a.fill_between(blocks, *(torch.stack([one.quantile(q) for one in similarity]) for q in (0.1, 0.9)), alpha=0.2)
+    a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
+    figure.colorbar(b.imshow(pairs, origin="lower", vmin=0), ax=b)
+    b.set(xlabel="j", ylabel="i", title="Cosine of $h_i$ and $h_j$; adjacent blocks beside the diagonal")
+    c.errorbar(counts, right, [[v - s[0] for v, s in zip(right, spans)], [s[1] - v for v, s in zip(right, spans)]], marker="o", capsize=3)
+    c.set(xlabel="most similar blocks skipped", ylabel="accuracy", title=f"{len(items)} items")
+    beyond = next((i for i in blocks if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
+    cells = [[n, order[n - 1] + 1 if n else "", f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
+             for n, v, (low, high) in zip(counts, right, spans)]
+    markdown = format_table(["blocks skipped", "the last of them", "accuracy, %"], cells) + (
+        f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'not even in the last block'}.")
+    publish(args, "figure1", model, figure, caption=f"The paper's Figure 1. {what}.", markdown=markdown,
+            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right)
+
+
+def figure2(args, model, known, rows, similarity, what):
+    """Is a token safe to skip where its similarity is high? Next tokens with the most similar tenth of the blocks skipped."""
+    skipped, kind = baselines.by_similarity(known)[: max(1, known.L // 10)], []
+    for row in rows[:, None]:
+        ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
+        kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
+    kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
+    figure, cells = Figure(figsize=(8, 4), layout="constrained"), []
+    axes = figure.subplots()
+    for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
+        here = of_tokens[:, kind == k]
+        if here.shape[1]:
+            axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
+            low, high = bootstrap(lambda v: v.mean(1), here[skipped].mean(0).tolist(), draws=500)
+            cells.append([name, here.shape[1], f"{here.mean():.4f}", f"{here[skipped].mean():.4f} [{low:.4f}, {high:.4f}]"])
+    axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
+    axes.legend()
+    header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
+    caption = f"The paper's Figure 2. {what}; without blocks {', '.join(str(i + 1) for i in sorted(skipped))}."
+    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells))
+
+
+def figure4(args, model, policies, rows, similarity, what):
+    """States against similarity at three speeds, and how early in the model a policy dares to skip."""
+    policy, decided = policies[0], similarity[1:].flatten()
+    speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
+    figure, cells, early = Figure(figsize=(5 * len(speedups) + 5, 4), layout="constrained"), [], []
+    *panels, last = figure.subplots(1, len(speedups) + 1, squeeze=False)[0]
+    tenth = torch.empty(len(decided), dtype=torch.int64)
+    tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
+    for speedup, axes in zip(speedups, panels):
+        model.hidden(rows, policy.at(speedup))
+        states, bottom, cell = policy.states[1:, :, 1:].flatten().cpu(), torch.zeros(10), {}
+        for s, label, color in SHADES:
+            share = torch.stack([(states[tenth == k] == s).float().mean() for k in range(10)])
+            axes.bar(range(1, 11), share, bottom=bottom, width=1.0, label=label, color=color, edgecolor="white")
+            bottom += share
+            here = states == s
+            cell[label] = f"{decided[here].mean():.3f} ({100 * here.float().mean():.0f}%)" if here.any() else ""
+        axes.set(xlabel="tenth of (block, token) by similarity", ylabel="share of states", title=f"{speedup:g}x")
+        axes.legend(loc="lower left")
+        cells.append([f"{speedup:g}x", *cell.values()])
+    for p in policies:
+        [p] = variant(p, model, text_examples(rows), [1.33], allowed=(0, 4))
+        model.hidden(rows, p)
+        rate = (p.states == 0).float().mean((1, 2)).tolist()
+        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=name_of(p))
+        early.append([name_of(p), *(f"{100 * v:.0f}%" for v in rate[1:9])])
+    last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x")
+    last.legend()
+    markdown = "\n\n".join([
+        format_table(["mean similarity of what runs in (share)", *(label for _, label, _ in SHADES)], cells),
+        format_table(["skip rate, states 0 and 4 only, 1.33x; block", *range(2, len(early[0]) + 1)], early)])
+    caption = (f"The paper's Figure 4. {what}; similarities are the full model's. Horizon 0 decides a block from its own input, 1 from the "
+               "input of the block before (the paper).")
+    publish(args, "figure4", model, figure, caption=caption, markdown=markdown)
+
+
+@torch.no_grad()
+def transfer(args):
+    """The paper's Figure 5: a policy trained on each task, tested on each, by KL to the full model."""
+    tasks = [t for t in TASKS if t != "mmlu_5shot"]
+    files = {t: policy_path(args, t) for t in tasks}
+    there = {t: f for t, f in files.items() if Path(f).is_file()}
+    if len(set(files.values())) < len(files) or not there:
+        raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
+                         f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
+    found, cells, sizes = {}, [], {}
+    for trained, file in there.items():
+        found[trained] = {}
+        for tested in tqdm(tasks, desc=trained):
+            model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
+            full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
+            key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
+            found[trained][tested] = {"kl": row["kl"], "interval": bootstrap(lambda v: v.mean(1), row["each"]["kl"]),
+                                      "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
+            sizes[tested] = len(examples)
+        cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
+                                 for r in found[trained].values())])
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
+    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r"), ax=axes)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30)
+    axes.set_yticks(range(len(there)), there)
+    axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
+    missing = [t for t in tasks if t not in there]
+    n = ", ".join(map(str, sizes.values()))
+    caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
+               "change of accuracy in points or of nats (speedup in bits); priced on the test text."
+               + (f" No policy yet for {', '.join(missing)}." if missing else ""))
+    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found)

@@ -1,0 +1,277 @@
+"""The tokenizer: text to ids and back, the same ids as the `tokenizers` package gives.
+
+Byte-pair encoding splits a text into pieces by a regular expression, and then, piece by piece, joins the adjacent pair that
+was learned first until no learned pair is left (Sennrich et al. 2016, arXiv 1508.07909). Two kinds are in use:
+
+    over bytes         GPT-2, LLaMA-3, Qwen, SmolLM2: every byte has a printable stand-in; joined by tiktoken, which is fast
+    over characters    LLaMA-1 and 2, Mistral: "▁" stands for a space, and a character that the vocabulary lacks becomes its bytes
+
+A model's own tokenizer.json says which, and what else is done to a text; a step that we do not have is refused by name.
+"""
+
+import datetime
+import functools
+import heapq
+import itertools
+import json
+import unicodedata
+
+import numpy as np
+import regex
+import tiktoken
+
+from common import read_json
+
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's pattern after every digit has been split off: where a digit follows, a run of white space ends as it
+# would at the end of the text. ("a  1" is "a", "  ", "1"; one pattern without that look-ahead gives "a", " ", " ", "1".)
+DIGITS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+BYTE = regex.compile("<0x[0-9A-F]{2}>")  # LLaMA-2's tokens for single bytes
+
+
+def byte_characters():
+    """GPT-2's table: the printable character that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+def merge(symbols, ranks):
+    """BPE: join the adjacent pair of lowest rank, the leftmost first, until no pair has one. symbols: list of text, ranks: pair -> int."""
+    n, parts = len(symbols), list(symbols)
+    before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+    queue = [(ranks[pair], i, pair[0] + pair[1]) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+    heapq.heapify(queue)
+    while queue:
+        _, i, joined = heapq.heappop(queue)
+        j = after[i]
+        if parts[i] is None or j == n or parts[i] + parts[j] != joined or (parts[i], parts[j]) not in ranks:
+            continue  # one of the two was joined to something else meanwhile
+        parts[i], parts[j], after[i] = joined, None, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        for left, right in ((before[i], i), (i, after[i])):
+            if left >= 0 and right < n and (parts[left], parts[right]) in ranks:
+                heapq.heappush(queue, (ranks[parts[left], parts[right]], left, parts[left] + parts[right]))
+    return [part for part in parts if part is not None]
+
+
+class Tokenizer:
+    """BPE over bytes (GPT-2, LLaMA-3, Qwen, on tiktoken), or over characters with bytes to fall back on (LLaMA-1 and 2, Mistral).
+
+    vocab: token text -> id; merges: pairs in order of rank; special: text -> id; pattern: the pre-tokenisation, a regular
+    expression of pieces that are never joined. eos: ids that end generation; chat_template: jinja text or None; bos: text for it.
+    added: further tokens, text -> id, that are found in any text; ids that `encode` adds if asked: `template`, those before
+    and those after; normalize(text, first): what is done to a text, or to a part between special tokens; whole: a piece that is a
+    token is taken as it is (LLaMA-3's ignore_merges); unk: text of the token for what the vocabulary lacks, or None;
+    spaces: None for bytes, else whether `decode` takes one leading space away, and "▁" stands for a space.
+    """
+
+    def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos="", added=None, template=((), ()),
+                 normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, spaces=None):
+        self.vocab, self.special, self.added, self.template = vocab, special, added or {}, template
+        self.eos, self.chat_template, self.bos, self.normalize, self.spaces = tuple(eos), chat_template, bos, normalize, spaces
+        self.whole, self.unk, self.fuse_unk = whole, unk, fuse_unk
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        learned = dict.fromkeys(a + b for a, b in self.ranks)
+        if not vocab.keys() >= learned.keys():
+            raise ValueError("a merge makes a token that the vocabulary lacks")
+        self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
+        either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
+        self.added_in, self.special_in = either(self.added), either(self.added | special)
+        self.table = byte_characters()
+        self.characters = {b: ch for ch, b in self.table.items()}
+        self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in (self.added | special).items()}
+        self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
+        self.vocab_size = max(self.texts) + 1
+        others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
+        joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
+        self.bpe = None
+        if spaces is None and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
+            learned = [*sorted((ch for ch in self.table if ch in vocab), key=vocab.get), *learned, *others]
+            self.missing = [b for ch, b in self.table.items() if ch not in vocab]  # tiktoken wants all bytes; these never reach it
+            ranks = {key: rank for rank, key in enumerate([*map(self.bytes_of, learned), *(bytes([b]) for b in self.missing)])}
+            self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.ids = np.array([vocab[text] for text in learned])
+
+    def bytes_of(self, token):
+        """The bytes that a token of the vocabulary stands for."""
+        if self.spaces is not None:
+            return bytes([int(token[3:5], 16)]) if BYTE.fullmatch(token) else token.replace("▁", " ").encode()
+        return bytes(self.table[ch] for ch in token) if all(ch in self.table for ch in token) else token.encode()
+
+    def encode_piece(self, piece):
+        """A piece of text -> ids. What the vocabulary lacks becomes the bytes of LLaMA-2's kind, or unk, or is dropped."""
+        piece = piece if self.spaces is not None else "".join(self.characters[b] for b in piece.encode())
+        if self.whole and piece in self.vocab:
+            return [self.vocab[piece]]
+        symbols = []
+        for ch in piece:
+            bytes_ = [f"<0x{b:02X}>" for b in ch.encode()] if self.spaces is not None else []
+            if ch in self.vocab:
+                symbols.append(ch)
+            elif bytes_ and all(b in self.vocab for b in bytes_):
+                symbols += bytes_
+            elif self.unk is not None and not (self.fuse_unk and symbols[-1:] == [self.unk]):
+                symbols.append(self.unk)
+        return [self.vocab[text] for text in merge(symbols, self.ranks)]
+
+    def encode(self, text, allowed_special=(), add_special_tokens=False):
+        """text -> list of ids, those of the `tokenizers` package. What that package would add before and after (LLaMA's BOS) is
+        added when add_special_tokens is set. Special tokens in the text stay text, unless allowed_special is "all" (tiktoken's word).
+        """
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no bytes
+        tokens = self.special_in if allowed_special == "all" else self.added_in
+        ids, known = [], self.added | self.special
+        for n, part in enumerate(tokens.split(text) if tokens else [text]):
+            if n % 2:
+                ids.append(known[part])
+                continue
+            part = self.normalize(part, n == 0)
+            if self.bpe and part and set(part.encode()).isdisjoint(self.missing):
+                ids += self.ids[self.bpe.encode_ordinary(part)].tolist()
+            else:
+                ids += [i for piece in self.pattern.finditer(part) for i in self.ids_of(piece[0])]
+        return [*self.template[0], *ids, *self.template[1]] if add_special_tokens else ids
+
+    def decode_bytes(self, ids):
+        """list of ids -> bytes, as they go on after other text; an id outside the vocabulary gives none."""
+        return b"".join(self.texts.get(int(i), b"") for i in ids)
+
+    def decode(self, ids):
+        """list of ids -> text, that of the `tokenizers` package with special tokens kept; bytes that are no UTF-8 become U+FFFD."""
+        if self.spaces is None:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        text = ""
+        for _, run in itertools.groupby(map(int, ids), self.byte_ids.__contains__):
+            run = self.decode_bytes(run)
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:  # bytes to fall back on: all of a run or none
+                text += "\ufffd" * len(run)
+        return text[1:] if self.spaces and text[:1] == " " else text
+
+    def chat(self, messages):
+        """[{"role", "content"}] -> ids of the model's own template with the assistant's turn opened.
+
+        ValueError when the model has no template or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not self.chat_template:
+            raise ValueError("this model has no chat template; leave --chat away")
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        eos = self.texts[self.eos[0]].decode() if self.eos else ""
+        try:
+            text = env.from_string(self.chat_template).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token=self.bos, eos_token=eos)
+        except Exception as e:  # a template may fail in any way
+            raise ValueError(f"the chat template of this model failed: {e}") from None
+        return self.encode(text, allowed_special="all")
+
+
+def steps_of(part):
+    """A part of a tokenizer.json -> its steps, a list of dicts with "type"; it is one step, a sequence of them, or null."""
+    names = ("normalizers", "pretokenizers", "processors", "decoders")
+    return [part[n] for n in names if n in part][0] if part and part["type"] == "Sequence" else [part] if part else []
+
+
+def pattern_of(steps, merges, whole, where):
+    """The pre_tokenizer steps of a tokenizer.json -> one regular expression, and whether it is for bytes. ValueError names what we lack."""
+    kinds = [step["type"] for step in steps]
+    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+        own = steps[-1].get("use_regex", True)
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and own:
+            return DIGITS_PATTERN, True
+        if kinds == ["ByteLevel"] and own:
+            return GPT2_PATTERN, True
+        if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not own:
+            given = steps[0]["pattern"]["Regex"]
+            if steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+                return rf"{given}|(?:(?!{given})[\s\S])+", True  # what no match covers is a piece too
+    if not kinds or (kinds == ["Metaspace"] and steps[0].get("replacement") == "▁"):
+        if kinds and steps[0].get("split", True):
+            return "▁[^▁]*|[^▁]+", False
+        # One piece, the whole text. Where no token has a space after something else, no merge crosses there: the same, in small pieces
+        crossing = whole or any("▁" in (a + b).lstrip("▁") for a, b in merges)
+        return r"[\s\S]+" if crossing else "▁+[^▁]*|[^▁]+", False
+    raise ValueError(f"{where}: pre-tokenizer {json.dumps(steps)[:200]} is not supported; those of LLaMA, Mistral and Qwen are")
+
+
+def normalizer_of(steps, where):
+    """The normalizer steps of a tokenizer.json, and Metaspace -> a function (text, first part of it or not) -> text."""
+    for step in steps:
+        if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Metaspace") and (step["type"] != "Replace" or "String" not in step["pattern"]):
+            raise ValueError(f"{where}: normalizer {step['type']} is not supported; NFC, Prepend and Replace are")
+
+    def normalize(text, first):
+        for step in steps:
+            if step["type"] == "Prepend":
+                text = text and step["prepend"] + text
+            elif step["type"] == "Replace":
+                text = text.replace(step["pattern"]["String"], step["content"])
+            elif step["type"] == "Metaspace":
+                text, scheme = text.replace(" ", "▁"), step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+                if text[:1] != "▁" and text and (scheme == "always" or (scheme == "first" and first)):
+                    text = "▁" + text
+            else:
+                text = unicodedata.normalize(step["type"], text)
+        return text
+
+    return normalize
+
+
+def template_of(steps, where):
+    """The post_processor steps of a tokenizer.json -> ids that it puts before a text, and after."""
+    before, after = [], []
+    for step in steps:
+        if step["type"] not in ("ByteLevel", "TemplateProcessing"):
+            raise ValueError(f"{where}: post-processor {step['type']} is not supported; TemplateProcessing is")
+        single, ids = step.get("single", []), lambda part: step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        at = next((n for n, part in enumerate(single) if "Sequence" in part), 0)
+        before, after = [i for p in single[:at] for i in ids(p)] + before, after + [i for p in single[at + 1 :] for i in ids(p)]
+    return before, after
+
+
+def tokenizer_from_json(folder):
+    """A Hugging Face folder's tokenizer.json, tokenizer_config.json -> Tokenizer."""
+    where = folder / "tokenizer.json"
+    data = read_json(where)
+    extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    try:
+        bpe = data["model"]
+        if bpe["type"] != "BPE" or any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+            raise ValueError(f"{where}: a BPE without dropout, prefix or suffix is supported, this is {bpe['type']}")
+        merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
+        special, added, whole = {}, {}, bool(bpe.get("ignore_merges"))
+        for t in data.get("added_tokens", []):
+            if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
+                raise ValueError(f"{where}: added token {t['content']!r} with lstrip, rstrip or single_word is not supported")
+            (special if t.get("special") else added)[t["content"]] = t["id"]
+        steps = {name: steps_of(data.get(name)) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+        pattern, of_bytes = pattern_of(steps["pre_tokenizer"], merges, whole, where)
+        kinds = {step["type"] for step in steps["decoder"]}
+        if kinds - ({"ByteLevel"} if of_bytes else {"Replace", "ByteFallback", "Fuse", "Strip"}) or not (of_bytes or bpe.get("byte_fallback")):
+            raise ValueError(f"{where}: decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
+        normal = steps["normalizer"] + [step for step in steps["pre_tokenizer"] if step["type"] == "Metaspace"]
+        text = lambda t: t["content"] if isinstance(t, dict) else t or ""
+        eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
+        template = folder / "chat_template.jinja"
+        template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        return Tokenizer(bpe["vocab"], merges, special, pattern, eos, template, text(extra.get("bos_token")), added,
+                         template_of(steps["post_processor"], where), normalizer_of(normal, where), whole, bpe.get("unk_token"),
+                         bool(bpe.get("fuse_unk")), None if of_bytes else "Strip" in kinds)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, regex.error) as e:
+        reason = str(e) if str(where) in str(e) else f"{where} is not a tokenizer that we can read: {e!r}"
+        raise ValueError(reason) from None
