@@ -210,6 +210,11 @@ def test_buckets():
 # Kernels for one row, and `bench.py speed --suite gpu`
 
 
+def test_what_is_promised_is_the_median_token():
+    states = torch.tensor([[4, 4, 4], [0, 2, 4], [1, 1, 1]], dtype=torch.uint8)  # three tokens
+    assert speed.blocks_ms(states, {"4": 4.0, "2": 3.0, "1": 2.0, "0": 0.5}) == 9.0  # of 6.5, 9 and 10
+
+
 @pytest.mark.parametrize("N, K, compiled", [(64, 128, False), (33, 64, False), (96, 320, False), (33, 320, True)])
 def test_row_kernels_against_the_reference(N, K, compiled):
     """What torch.compile gets, as it is and compiled (here for the CPU)."""
