@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,7 @@ def _forked(name, args, env, cwd, output):
 
     for fd, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background with Ctrl-C ignored
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)  # tiny models: two threads would wait for each other
