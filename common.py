@@ -1,8 +1,8 @@
 """What all scripts share: files that are whole or not there, results that say where they come from, errors of one line.
 
-    write_whole, lock_folder, Checkpoint   a killed run leaves nothing half written, and goes on with --resume
-    save_result, format_table, save_figure a result is JSON with device, versions, model, seed and command; tables are Markdown
-    Parser, command_line, pick_device      bad input, raised anywhere as ValueError or OSError, is one line and exit code 2
+    write_whole, lock_folder, Checkpoint    a killed run leaves nothing half written, and goes on with --resume
+    save_result, format_table, save_figure  a result is JSON with device, versions, model, seed and command; tables are Markdown
+    Parser, command_line, pick_device       bad input, raised anywhere as ValueError or OSError, is one line and exit code 2
 """
 
 import argparse
@@ -17,11 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+
 # ----------------------------------------------------------------------------------------------------------
 # Files
-
-ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
-
 
 ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
 

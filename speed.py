@@ -26,7 +26,7 @@ from data import load_text, text_examples
 from evaluate import publish
 from infer import Engine, generate
 from model import LLM, check_gpu, load
-from policy import Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
+from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
 from quant import CHOSEN
 from train import calibrate_prices
 from weights import Config, fetch_smollm2, read_gguf
@@ -49,8 +49,8 @@ def ratio(values, a, b):
 def blocks_ms(states, table):
     """What a latency table promises for the blocks of the median token, in milliseconds: states (L, n). The median, since what is timed
     is the median step, and tokens differ in what they cost."""
-    ms = torch.tensor([table.get(str(s), 0.0) for s in range(5)])
-    return ms[states.long()].sum(0).median().item()
+    ms = torch.tensor([table[str(s)] for s in STATE_OF])
+    return ms[INDEX[states.long()]].sum(0).median().item()
 
 
 def transformers_model(c, device):

