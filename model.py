@@ -126,6 +126,17 @@ def run(groups, f, x, width):
     return out
 
 
+def skip(scale, x):
+    """What skipped tokens x (n, C) pass on: a_i x (Eq 6), or what a policy puts in the place of a_i, such as an adapter (routers.py)."""
+    return scale(x) if callable(scale) else scale * x
+
+
+def weigh(scale, x, y):
+    """The output y of a block or half on x, (n, C) each; where a policy has a gate in the place of a_i, x + gain (y - x), gain (n, 1)."""
+    gain = getattr(scale, "gain", None)
+    return y if gain is None else torch.lerp(x, y, gain.to(y.dtype))
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -170,12 +181,12 @@ class Block(nn.Module):
         """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
         c, executed = self.c, [group for group in groups if group[0]]
         if not executed and (cache is None or seen is not None):  # no keys and values, or nobody who may ask for them
-            return scale * x
+            return skip(scale, x)
         h = self.norm1(x if source is None else source)
         if not executed:
             k, v = self.qkv.fill(h).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
             cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
-            return scale * x
+            return skip(scale, x)
         qkv = run(groups if seen is None else executed, self.project, h, self.q_size + 2 * self.kv_size)
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
@@ -187,18 +198,18 @@ class Block(nn.Module):
         h = x + run(executed, self.o, y, x.shape[1])
         if len(executed) < len(groups):
             skipped = groups[0][1]
-            h[skipped] = scale * x[skipped]
+            h[skipped] = skip(scale, x[skipped])
         return h
 
     def mlp_half(self, h, groups, scale=1.0):
         """h + MLP(RMSNorm(h)), or scale * h where the state is 0: (B * T, C) -> (B * T, C)."""
         executed = [group for group in groups if group[0]]
         if not executed:
-            return scale * h
+            return skip(scale, h)
         out = h + run(executed, self.mlp, self.norm2(h), h.shape[1])
         if len(executed) < len(groups) and scale != 1.0:
             skipped = groups[0][1]
-            out[skipped] = scale * h[skipped]
+            out[skipped] = skip(scale, h[skipped])
         return out
 
     def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
@@ -288,11 +299,12 @@ class LLM(nn.Module):
             if holes:  # they stay: whoever continues this cache must not attend to them
                 seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
             if rows == 1:
-                x = block(x, B, groups, scale, rope, cache, i, source, seen)
+                x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen))
             else:
-                x = block.attention_half(x, B, groups, scale, rope, cache, i, source, seen)
+                x = weigh(scale, x, block.attention_half(x, B, groups, scale, rope, cache, i, source, seen))
                 policy.decide(row + 1, x.view(B, T, -1), start)
-                x = block.mlp_half(x, by_state(policy.states[row + 1]), policy.scale[row + 1])
+                scale = policy.scale[row + 1]
+                x = weigh(scale, x, block.mlp_half(x, by_state(policy.states[row + 1]), scale))
         if cache:
             cache.length += T
         return self.norm(x).view(B, T, -1)

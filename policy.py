@@ -44,15 +44,19 @@ def bit_costs(config, policy=None):
     """Cost of the four states in units of 4 bits a weight: a skip still fills keys and values in INT4, unless kv is "none".
 
     Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (model.Config). For a policy that gives
-    attention and MLP states of their own (2, 4): the costs of each, in proportion to its parameters.
+    attention and MLP states of their own (2, 4): the costs of each, in proportion to its parameters. A policy may name what else it
+    runs, `extra`: 16-bit weights per token, shared out among the blocks, and per skipped block or MLP (routers and adapters).
     """
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     block = 2 * q + 2 * kv + 3 * config.n_hidden
     fill = 0.0 if policy is not None and policy.kv == "none" else 2 * kv / block
+    router, adapter = (4 * n / (block * config.n_embd) for n in getattr(policy, "extra", (0, 0)))
+    router = router / config.n_layer
     if policy is None or len(policy.scale) == config.n_layer:
-        return torch.tensor([fill, 1.0, 2.0, 4.0])
+        return torch.tensor([fill + adapter, 1.0, 2.0, 4.0]) + router
     attention = (2 * q + 2 * kv) / block
-    return torch.tensor([[fill, *(s * attention for s in (1, 2, 4))], [0.0, *(s * (1 - attention) for s in (1, 2, 4))]])
+    halves = [[fill, *(s * attention for s in (1, 2, 4))], [adapter, *(s * (1 - attention) for s in (1, 2, 4))]]
+    return torch.tensor(halves) + torch.tensor([[router], [0.0]])
 
 
 def latency_costs(path, device):
@@ -198,7 +202,8 @@ class Fixed:
     `decide(i, x, start)`, called before block i with its input x (B, T, C), whose first token has position `start`: it
     writes into `states` for block i or any later one; and `kv`, where later tokens find the keys and values of a token that
     skips a block: "fill", its input through k_proj and v_proj in INT4; "copy", the same from the input of the last block that the
-    token ran; "none", nowhere. With 2 L scales "block" means sublayer: attention of block 1, its MLP, attention of block 2...
+    token ran; "none", nowhere. With 2 L scales "block" means sublayer: attention of block 1, its MLP, attention of block 2... In the
+    place of an a_i there may be a function of the skipped rows (model.skip), and it may have a `gain` that weighs all rows (model.weigh).
     """
 
     def __init__(self, states, scale=None, kv="fill"):

@@ -1,0 +1,215 @@
+"""Trained gates: who decides to skip, learned by gradient. Three systems of the field in one policy and one training function.
+
+For every token, before each of its blocks, a small network on the block's input x gives a logit; the block runs where the
+logit is above a threshold. The base stays frozen. What differs is what a gate covers, what it sees and how it is taught:
+
+    gate-hidden, gate-fixed, gate-mlp   skip controllers of whole blocks, all but the first and the last (arXiv 2410.20022): one
+                linear layer on x, on a vector of ones that tells it nothing of the token, or (ours) two layers on x.
+                In training the gate is m = 1[sigmoid(logit + noise) > 1/2], noise logistic: Gumbel-Softmax with two
+                choices at temperature 1; y = x + m (block(x) - x), and m passes its slope straight to the sigmoid.
+    mindskip    attention alone, its MLP always runs; upper half of the blocks but the last (arXiv 2410.13184, by token):
+                linear; as above without the noise.
+    flexidepth  upper half of the blocks (arXiv 2503.23798): W_r W_up Norm(tanh(W_down z)), z the RMS-normed x, g = sigmoid.
+                Where g > 1/2 the token runs attention, and its MLP's output is weighted by g; where not, there is no
+                attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
+                slope through what the token runs; the weights stay at inference.
+
+    loss = CE + price * mean_t sum_l m_l           skip controllers, MindSkip
+    loss = CE + price * mean_t (sum_l g_l)^2       FlexiDepth, whose alpha the price is
+
+Ours: the papers train at several prices and report what is skipped; here the price follows the measured number of skipped
+blocks during training, and afterwards the threshold is set so that training text skips as many as was asked. Gates start open (bias
+`OPEN`) and the adapter at zero, so that a few hundred steps begin at the full model; the releases start at random values. Skips are
+unscaled. A token that skips attention fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in
+training a gate with a straight-through slope runs the block for every token, so there they are from the plain weights too).
+
+Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
+skipped token passes on (model.skip) and weighs what comes out (model.weigh).
+"""
+
+import json
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import read_safetensors, write_whole
+from data import outcomes
+from policy import Policy
+
+KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
+NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
+BATCH, LR = 2, 1e-3  # examples a step; Adam's learning rate
+PRICE, PACE = {"flexidepth": 1e-3}, 0.05  # first price (else 0.02 nats a block), and the most that it moves by in a step, as a share
+
+
+class Gate(nn.Module):
+    """One block's gate: the network that decides; called as a function, what a skipped token passes on; and how its output is weighed."""
+
+    gain = None  # (B * T, 1), or None where nothing is weighed
+
+    def __init__(self, kind, n_embd, n_hidden):
+        super().__init__()
+        linear, narrow = lambda n, m: nn.Linear(n, m, bias=False), lambda n: max(1, n // NARROW)
+        layers, width = [], n_embd
+        if kind == "flexidepth":
+            layers = [linear(n_embd, narrow(n_embd)), nn.Tanh(), nn.RMSNorm(narrow(n_embd)), linear(narrow(n_embd), n_embd)]
+        elif kind == "gate-mlp":
+            layers, width = [nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH
+        self.router = nn.Sequential(*layers, nn.Linear(width, 1))
+        nn.init.constant_(self.router[-1].bias, OPEN)
+        self.adapter = nn.ModuleList([linear(n_embd, 2 * narrow(n_hidden)), linear(narrow(n_hidden), n_embd)] if kind == "flexidepth" else [])
+        if self.adapter:
+            nn.init.zeros_(self.adapter[1].weight)
+
+    def forward(self, x):
+        """x (n, C) of skipped tokens -> (n, C): x, or x + adapter(RMSNorm(x))."""
+        if not self.adapter:
+            return x
+        gate, up = self.adapter[0](normed(x)).chunk(2, dim=-1)
+        return x + self.adapter[1](F.silu(gate) * up).to(x.dtype)
+
+
+def normed(x):
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)  # the gain of the model's own norm is one with the first layer's weights
+
+
+class Router:
+    """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
+
+    rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
+    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, per
+    gate (B, T), the logits, in training m or g. extra: see `bit_costs`.
+    """
+
+    def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
+        L, self.kind, self.fingerprint, self.settings = n_layer, kind, fingerprint, settings or {}
+        self.size = (n_layer, n_embd, n_hidden)
+        self.rows = 2 if kind in ("flexidepth", "mindskip") else 1
+        self.routed = {"flexidepth": range(L // 2, L), "mindskip": range(L - 1 - L // 2, L - 1)}.get(kind, range(1, L - 1))
+        self.gates = nn.ModuleList(Gate(kind, n_embd, n_hidden) for _ in self.routed).requires_grad_(False)
+        self.scale = [1.0] * (self.rows * L)
+        for block, gate in zip(self.routed, self.gates):
+            self.scale[self.rows * block + (kind == "flexidepth")] = gate
+        self.int4, self.kv, self.states, self.threshold, self.generator = None, "fill", None, 0.0, None
+        count = lambda module: sum(p.numel() for p in module.parameters())
+        routers = 0 if kind == "gate-fixed" else sum(count(gate.router) for gate in self.gates)  # fixed: known beforehand
+        self.extra = (routers, count(self.gates[0].adapter))
+
+    def to(self, device):
+        self.gates.to(device)
+        return self
+
+    check = Policy.check
+
+    def decide(self, i, x, start):
+        block, mlp = divmod(i, self.rows)
+        if i == 0:
+            self.seen = []
+        if block not in self.routed or mlp:
+            if block in self.routed and self.kind == "flexidepth":
+                self.states[i] = self.states[i - 1]
+            return
+        gate, training = self.gates[block - self.routed[0]], self.generator is not None
+        if self.kind.startswith("gate-"):  # as in the release: a gate is not taught to make the inputs of later ones
+            x = x.detach()
+        logit = gate.router(torch.ones_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x))[..., 0]  # (B, T)
+        run, on, weigh = logit > self.threshold, logit, None
+        if self.kind == "flexidepth":
+            on = logit.sigmoid() if training else logit
+            weigh = torch.where(run, logit.sigmoid(), (-logit).sigmoid())
+        elif training:
+            if self.kind.startswith("gate-"):
+                u = torch.rand(logit.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logit.device)
+                logit = logit + u.logit()
+            soft = logit.sigmoid()
+            on = weigh = (logit > 0).float() - soft.detach() + soft
+            run = torch.ones_like(run)  # both paths: the slope of m needs block(x) - x
+        self.seen.append(on)
+        self.states[i] = run * 4
+        gate.gain = None if weigh is None else weigh.reshape(-1, 1)
+
+    def pressure(self, on):
+        """What the price is paid for: on (gates, n), m or g of n tokens -> a scalar."""
+        total = on.sum(0)
+        return total.square().mean() if self.kind == "flexidepth" else total.mean()
+
+    def save(self, path):
+        """Write the gates whole or not at all, as safetensors. OSError names the path."""
+        from safetensors.torch import save
+
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.gates.state_dict().items()}
+        meta = {"router": self.kind, "size": self.size, "threshold": self.threshold, "fingerprint": self.fingerprint, "settings": self.settings}
+        write_whole(path, save(tensors, metadata={"dash": json.dumps(meta)}))
+
+
+def load(path):
+    """Read what `Router.save` wrote -> Router. FileNotFoundError or ValueError names the path and the remedy."""
+    tensors, meta = read_safetensors(path)
+    try:
+        kind, size = meta["router"], [int(n) for n in meta["size"]]
+        if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 4 <= size[0] <= 1000:
+            raise ValueError("values out of range")
+        with torch.device("meta"):
+            policy = Router(kind, *size, meta["fingerprint"], meta["settings"])
+        policy.gates.load_state_dict({k: t.float() for k, t in tensors.items()}, assign=True)
+        policy.gates.requires_grad_(False)
+        policy.threshold = float(meta["threshold"])
+        if not math.isfinite(policy.threshold) or not all(t.isfinite().all() for t in tensors.values()):
+            raise ValueError("a value is not finite")
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} holds no gates that we can use ({reason}); train them with python train.py --objective flexidepth") from None
+    return policy
+
+
+def train_gates(policy, model, examples, skip, steps, checkpoint, log):
+    """Train policy.gates in place on examples (data.Example) until about `skip` gates a token are closed. Resumes from `checkpoint`.
+
+    log: a file that gets a line a step: "ce" nats, "skipped" gates a token, "price".
+    """
+    generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
+    parameters = dict(policy.gates.requires_grad_().named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), LR)
+    start = checkpoint.restore(parameters, optimizer, generator)
+    price = checkpoint.meta.get("price", PRICE.get(policy.kind, 0.02))
+    bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)
+    for step in bar:
+        ces, closed = [], []
+        optimizer.zero_grad()
+        for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
+            logp, right = outcomes(model, model.hidden(examples[n].rows, policy), examples[n])
+            on, ce = torch.stack(policy.seen)[:, examples[n].keep()], F.nll_loss(logp, right)
+            ((ce + price * policy.pressure(on)) / BATCH).backward()
+            ces.append(ce.item())
+            closed.append((on <= 0.5).sum(0).float().mean().item())
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        line = {"step": step, "ce": sum(ces) / len(ces), "skipped": sum(closed) / len(closed), "price": price}
+        price *= math.exp(PACE * min(1.0, max(-1.0, (skip - line["skipped"]) / skip)))  # dearer while too few are skipped
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
+        if (step + 1) % 10 == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, parameters, optimizer, generator, price=price)
+    policy.gates.requires_grad_(False)
+    policy.generator = None
+    for gate in policy.gates:
+        gate.gain = None
+
+
+@torch.no_grad()
+def calibrate(policy, model, examples, skip, rounds=6):
+    """Set the threshold at which `skip` gates a token are closed on examples. What earlier gates close changes what later ones see, so
+    the threshold is found in rounds, each the right one for the logits that the round before it gave rise to."""
+    for n in range(rounds):
+        logits = []
+        for example in tqdm(examples, desc="threshold", leave=False):
+            model.hidden(example.rows, policy)
+            logits.append(torch.stack(policy.seen)[:, example.keep()])
+        logits = torch.cat(logits, 1)
+        k = min(max(1, round(skip * logits.shape[1])), logits.numel() - 1)
+        low, high = logits.flatten().sort().values[k - 1 : k + 1].tolist()
+        policy.threshold = (low + high) / 2 if n == 0 else (policy.threshold + (low + high) / 2) / 2
