@@ -14,14 +14,15 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
                 slope through what the token runs; the weights stay at inference.
 
-    loss = CE + price * mean_t sum_l m_l           skip controllers, MindSkip
-    loss = CE + price * mean_t (sum_l g_l)^2       FlexiDepth, whose alpha the price is
+    loss = CE + price * mean_t sum_l m_l                       skip controllers, MindSkip
+    loss = CE + alpha * mean_t (sum_l g_l)^2                   FlexiDepth, alpha = price / (2 * number of gates)
 
-Ours: the papers train at several prices and report what is skipped; here the price follows the measured number of skipped
-blocks during training, and afterwards the threshold is set so that training text skips as many as was asked. Gates start open (bias
-`OPEN`) and the adapter at zero, so that a few hundred steps begin at the full model; the releases start at random values. Skips are
-unscaled. A token that skips attention fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in
-training a gate with a straight-through slope runs the block for every token, so there they are from the plain weights too).
+Ours: the papers train at several prices and report what is skipped; here the price, in nats a block, follows the number of skipped
+blocks that each step measures, price = PULL * (asked - skipped) + PACE * (sum of that so far), and afterwards the threshold is
+set so that training text skips as many as was asked. Gates start open (bias `OPEN`) and the adapter at zero, so that a few
+hundred steps begin at the full model; FlexiDepth's release starts at random values. Skips are unscaled. A token that skips attention
+fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through
+slope runs the block for every token, so there they are from the plain weights too).
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -41,8 +42,8 @@ from policy import Policy
 
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
-BATCH, LR = 2, 1e-3  # examples a step; Adam's learning rate
-PRICE, PACE = {"flexidepth": 1e-3}, 0.05  # first price (else 0.02 nats a block), and the most that it moves by in a step, as a share
+BATCH, LR, LR_BIAS = 2, 1e-3, 0.03  # examples a step; Adam's learning rates: how open a gate is at all, its last bias, moves fast
+PULL, PACE = 0.05, 0.002  # of the price, nats a block for every block that is skipped too few; for every such block and step so far
 
 
 class Gate(nn.Module):
@@ -60,8 +61,9 @@ class Gate(nn.Module):
             layers, width = [nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH
         self.router = nn.Sequential(*layers, nn.Linear(width, 1))
         nn.init.constant_(self.router[-1].bias, OPEN)
-        self.adapter = nn.ModuleList([linear(n_embd, 2 * narrow(n_hidden)), linear(narrow(n_hidden), n_embd)] if kind == "flexidepth" else [])
-        if self.adapter:
+        self.adapter = nn.ModuleList()
+        if kind == "flexidepth":
+            self.adapter.extend([linear(n_embd, 2 * narrow(n_hidden)), linear(narrow(n_hidden), n_embd)])
             nn.init.zeros_(self.adapter[1].weight)
 
     def forward(self, x):
@@ -134,14 +136,15 @@ class Router:
     def pressure(self, on):
         """What the price is paid for: on (gates, n), m or g of n tokens -> a scalar."""
         total = on.sum(0)
-        return total.square().mean() if self.kind == "flexidepth" else total.mean()
+        return total.square().mean() / (2 * len(on)) if self.kind == "flexidepth" else total.mean()
 
     def save(self, path):
         """Write the gates whole or not at all, as safetensors. OSError names the path."""
         from safetensors.torch import save
 
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.gates.state_dict().items()}
-        meta = {"router": self.kind, "size": self.size, "threshold": self.threshold, "fingerprint": self.fingerprint, "settings": self.settings}
+        meta = {"router": self.kind, "size": self.size, "threshold": self.threshold, "fingerprint": self.fingerprint,
+                "settings": self.settings}
         write_whole(path, save(tensors, metadata={"dash": json.dumps(meta)}))
 
 
@@ -161,7 +164,7 @@ def load(path):
             raise ValueError("a value is not finite")
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} holds no gates that we can use ({reason}); train them with python train.py --objective flexidepth") from None
+        raise ValueError(f"{path} holds no gates that we can use ({reason}); train them with train.py --objective flexidepth") from None
     return policy
 
 
@@ -172,9 +175,10 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
-    optimizer = torch.optim.Adam(parameters.values(), LR)
+    biases = [p for p in parameters.values() if p.numel() == 1]
+    optimizer = torch.optim.Adam([{"params": biases, "lr": LR_BIAS}, {"params": [p for p in parameters.values() if p.numel() > 1]}], LR)
     start = checkpoint.restore(parameters, optimizer, generator)
-    price = checkpoint.meta.get("price", PRICE.get(policy.kind, 0.02))
+    price, owed = checkpoint.meta.get("price", 0.0), checkpoint.meta.get("owed", 0.0)
     bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)
     for step in bar:
         ces, closed = [], []
@@ -188,12 +192,13 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         line = {"step": step, "ce": sum(ces) / len(ces), "skipped": sum(closed) / len(closed), "price": price}
-        price *= math.exp(PACE * min(1.0, max(-1.0, (skip - line["skipped"]) / skip)))  # dearer while too few are skipped
+        owed += skip - line["skipped"]
+        price = PULL * (skip - line["skipped"]) + PACE * owed
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
         if (step + 1) % 10 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, parameters, optimizer, generator, price=price)
+            checkpoint.save(step + 1, parameters, optimizer, generator, price=price, owed=owed)
     policy.gates.requires_grad_(False)
     policy.generator = None
     for gate in policy.gates:

@@ -8,6 +8,9 @@
     4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4.5
     5  compare     on held-out text or items: full model, DASH, static, all INT8, random states
 
+    --objective flexidepth | mindskip | gate-hidden | gate-fixed | gate-mlp   trains the gates of routers.py instead, with --skip blocks
+    skipped a token; only steps 3 and 5, into router.safetensors.
+
 `--data arc_easy` and the like learn on multiple-choice items: what is predicted is then the answer (data.Example), in labels,
 rewards and comparison alike. `--train-model` goes on to train the base model through its rounded weights (Eq 17).
 
@@ -33,7 +36,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import save
 from tqdm import tqdm
 
-from baselines import compare, comparison_table
+import routers
+from baselines import Known, by_similarity, compare, comparison_table, observe, without
 from common import Checkpoint, Parser, command_line, lock_folder, pick_device, save_figure, save_result, write_whole
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load
@@ -535,6 +539,9 @@ def plot(path, log, states, names, rows):
     if "loss" in log[0] and "step" not in log[0]:
         a.plot([x["epoch"] for x in log], [x["loss"] for x in log], marker="o")
         a.set(xlabel="epoch", ylabel="loss", title="Training: fit to Fisher labels")
+    elif "ce" in log[0]:
+        a.plot([x["step"] for x in log], [x["ce"] for x in log])
+        a.set(xlabel="step", ylabel="CE, nats a token", title="Training: cross-entropy of the gated model")
     else:
         a.plot([x["step"] for x in log], [x["r_acc"] for x in log])
         a.set(xlabel="step", ylabel="R_acc, nats a token", title="Training: reward of the sampled states")
@@ -547,7 +554,7 @@ def plot(path, log, states, names, rows):
         share = (states == s).float().mean(1)
         c.bar(range(1, len(states) + 1), share, bottom=bottom, label=label, color=color, width=1.0, edgecolor="white")
         bottom += share
-    c.set(xlabel="block", ylabel="share of tokens", title=f"DASH, {rows[1]['speedup']:.2f}x", xlim=(0.5, len(states) + 0.5))
+    c.set(xlabel="block", ylabel="share of tokens", title=f"{names[1].split(' at ')[0]}, {rows[1]['speedup']:.2f}x", xlim=(0.5, len(states) + 0.5))
     c.legend(loc="lower right")
     save_figure(figure, path)
 
@@ -563,9 +570,11 @@ def arguments():
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
-    p.add_argument("--objective", default="fisher", choices=["fisher", "rl"], help="fisher labels, or the paper's policy gradient")
+    p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
+                   help="fisher labels, the paper's policy gradient, or the gates of routers.py")
+    p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
     p.add_argument("--samples", type=int, default=24, help="fisher: label this many times 1,024 tokens")
-    p.add_argument("--steps", type=int, default=40, help="policy-gradient steps")
+    p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (300)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--lam", type=float, default=LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
@@ -616,16 +625,69 @@ def learn_from_rewards(scorer, model, examples, few, scale, costs, horizon, args
         scorer.bias.data[1:, :, :3] = damage[1:, None, :3].clamp(min=1e-12).log().to(scorer.bias.device)
     rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings).to(scorer.bias.device)
     rollout.mu = mu
-    kept = log_path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
-    write_whole(log_path, "".join(line + "\n" for line in kept).encode())
     unit = float((damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9))
-    with open(log_path, "a") as log:
+    with start_log(log_path, checkpoint) as log:
         learn(rollout, model, examples, 4 * mu if args.beta is None else args.beta, unit, args.steps, goal, checkpoint, log)
     return damage
 
 
+def start_log(path, checkpoint):
+    """The log of a run without the lines that a killed run wrote after its checkpoint."""
+    kept = path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
+    write_whole(path, "".join(line + "\n" for line in kept).encode())
+    return open(path, "a")
+
+
+def report(out, names, rows, states, test, args, device, model, settings, began, how, wrote):
+    """5: the comparison to the terminal, train.png and train.json."""
+    choice = is_choice(args.data)
+    markdown = comparison_table(names, rows, choice)
+    print("\n" + markdown)
+    log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    plot(out / "train.png", log, states, names, rows)
+    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - began)
+    caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
+    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, seconds=seconds, tokens=tokens,
+                settings=settings,
+                rows=[{"name": name} | {k: v for k, v in row.items() if k != "raw"} for name, row in zip(names, rows)])
+    print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
+
+
+def train_routers(args, device, text, model, tokenizer, read, began):
+    """--objective flexidepth and the like: the gates of routers.py, at --skip skipped blocks a token."""
+    c = model.config
+    policy = routers.Router(args.objective, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint())
+    if args.skip is None or not 0 < args.skip < len(policy.routed):
+        raise ValueError(f"--objective {args.objective} needs --skip, 1 to {len(policy.routed) - 1} of this model's {c.n_layer} blocks")
+    examples, priced = read("train", 10**6, WINDOW), read("train", 200 if is_choice(args.data) else 4, LONG)
+    test = read("test", 200 if is_choice(args.data) else 4, LONG)
+    out = lock_folder(args.out)
+    settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
+                "seed": args.seed, "fingerprint": policy.fingerprint}
+    policy.settings = settings
+    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
+    with start_log(out / "train.jsonl", checkpoint) as log:
+        routers.train_gates(policy.to(device), model, examples, args.skip, args.steps, checkpoint, log)
+    routers.calibrate(policy, model, priced, args.skip)
+    policy.save(out / "router.safetensors")
+
+    samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
+    known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
+    observe(known, model)
+    names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
+    rows = compare(model, test, [None, policy, without(known, by_similarity(known)[: args.skip])])
+    report(out, names, rows, rows[1]["raw"][:: policy.rows], test, args, device, model, settings, began,
+           f"objective {args.objective}, {args.skip} skips asked for", "router.safetensors")
+
+
 def main():
     args, began = arguments(), time.time()
+    gates = args.objective in routers.KINDS
+    args.steps = args.steps if args.steps is not None else 300 if gates else 40
+    if gates and (args.train_model or args.cost != "bits" or args.horizon is not None):
+        raise ValueError("--train-model, --cost and --horizon are for the scorer of --objective fisher or rl")
+    if args.skip is not None and not gates:
+        raise ValueError(f"--skip is for --objective {', '.join(routers.KINDS)}; give --speedup")
     if args.steps < 1 or args.samples < 1 or (args.horizon or 0) < 0:
         raise ValueError("--steps and --samples must be at least 1, --horizon at least 0")
     if args.objective != "rl" and (args.start or args.lam != LAM or args.beta is not None or args.no_weights):
@@ -638,15 +700,18 @@ def main():
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
     bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
+    choice = is_choice(args.data)
+    read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
+                                                device, spread=True)
+    if gates:
+        train_routers(args, device, text, model, tokenizer, read, began)
+        return
     horizon = L if args.horizon is None else min(args.horizon, L)
     costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets or not targets[0] <= args.speedup <= targets[-1]:
         raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
 
-    choice = is_choice(args.data)
-    read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
-                                                device, spread=True)
     samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
     pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
     if args.objective == "fisher":
@@ -700,17 +765,8 @@ def main():
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
     rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
-    markdown = comparison_table(names, rows, choice)
-    print("\n" + markdown)
-    log = [json.loads(line) for line in log_path.read_text().splitlines()]
-    plot(out / "train.png", log, rows[1]["raw"], names, rows)
-    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - began)
-    caption = (f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, INT4 by GPTQ, objective {args.objective}, "
-               f"horizon {horizon}; {seconds} s in all.")
-    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, seconds=seconds, tokens=tokens,
-                settings=settings,
-                rows=[{"name": name} | {k: v for k, v in row.items() if k != "raw"} for name, row in zip(names, rows)])
-    print(f"\n{caption}\nwrote policy.safetensors, train.json, train.jsonl and train.png into {out}")
+    report(out, names, rows, rows[1]["raw"], test, args, device, model, settings, began,
+           f"INT4 by GPTQ, objective {args.objective}, horizon {horizon}", "policy.safetensors")
 
 
 if __name__ == "__main__":
