@@ -1,0 +1,220 @@
+"""Direct multi-token decoding: the late blocks alone make the second and later tokens of each cycle (Luo et al., arXiv 2510.11958).
+
+A cycle has tau tokens. Its first position, the head, runs all blocks; the tau - 1 others run only the last `late` blocks:
+
+    input of the late blocks at position t  =  h_{L - late}(t) at a head,  h_0(t), the token's embedding, elsewhere
+
+so what the early and middle blocks thought at the head reaches the others through attention alone. The next head brings the keys
+and values of the early and middle blocks up to date: it runs them on the tau - 1 positions that passed them by and on itself, in one
+pass (*cyclical refilling*). Then all that a token attends to is what it was in training, where the early blocks see every position
+and a mask says what goes on to the late ones (*cyclical masking*); tests/test_multitoken.py holds the two to each other.
+
+Blocks are *passed* (their weights read) (L + (tau - 1) late) / (tau L) times as often, which is what a batch of one waits for, and
+the paper's measure. Arithmetic is not saved: refilled positions run every block, only later and together.
+
+From the paper and its training code (github.com/luoxuan-cs/Direct-Multitoken-Decoding): 8 late blocks of Qwen3-4B's 36, loss on the
+next token at every position, rate 1e-4 with a tenth of warm-up and a cosine, clipping at 1, embedding and head frozen. Ours:
+    late blocks   as many in proportion: 7 of SmolLM2's 30
+    trained       the late blocks alone: no backward pass through the others and a quarter of the optimizer's memory; but the early
+                  and middle blocks can't learn to think ahead, as they can when the paper trains them too
+    heads         theirs get h_0 on top of h_{L - late}; ours don't, so that tau = 1 is the model as it was before any training
+    places        a cycle begins anywhere: each training step draws where, decoding begins one at the prompt's last token, every test
+                  token is measured at every place. The first token of a text is always a head: attention leans on it
+    control       tau = 1, trained alike: what the text itself teaches the late blocks is no merit of the method
+"""
+
+import math
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from baselines import bootstrap
+from common import Checkpoint, format_table, lock_folder, pick_device
+from data import load_text, windows
+from evaluate import publish
+from model import KVCache, load
+from speed import median_of, ratio
+
+BATCH, WINDOW, LR = 2, 256, 1e-4  # windows a training step, tokens of a window
+
+
+def in_proportion(n_layer):
+    """Late blocks: 8 of 36, as in the paper."""
+    return max(1, round(n_layer * 8 / 36))
+
+
+def heads(start, end, tau, phase):
+    """Which positions start..end-1 run all blocks, (end - start, 1) bool: the first of the text, and every tau-th from `phase`."""
+    t = torch.arange(start, end)[:, None]
+    return (t == 0) | ((t - phase) % tau == 0)
+
+
+def run(blocks, x, B, rope, cache=None, i=0):
+    """Blocks in a row, the first of them number i of the cache: (B * T, C) -> (B * T, C)."""
+    for n, block in enumerate(blocks, i):
+        x = block(x, B, [(4, None)], 1.0, rope, cache, n)
+    return x
+
+
+@torch.no_grad()
+def think(model, tokens, late):
+    """All but the late blocks on tokens (B, T): h_0 and h_{L - late}, (B * T, C) each. They are never trained."""
+    x = model.embed(tokens).flatten(0, 1)
+    return x, run(model.blocks[:-late], x, len(tokens), model.rope(0, tokens.shape[1]))
+
+
+def hidden(model, tokens, tau, late, phase=0, thought=None):
+    """The parallel form, cyclical masking: tokens (B, T) -> the normed last hidden state (B, T, C). thought: of `think`, if at hand."""
+    B, T = tokens.shape
+    embedded, thought = thought or think(model, tokens, late)
+    x = torch.where(heads(0, T, tau, phase).to(tokens.device).repeat(B, 1), thought, embedded)
+    return model.norm(run(model.blocks[-late:], x, B, model.rope(0, T))).view(B, T, -1)
+
+
+def check(L, tau, late):
+    if tau < 1 or not 1 <= late < L:
+        raise ValueError(f"a cycle of {tau} tokens, {late} late blocks: give at least 1 token, and 1 to {L - 1} of the model's {L} blocks")
+
+
+@torch.no_grad()
+def decode(model, ids, tau, n, late):
+    """Greedy cyclical decoding with a cache: n tokens after ids, a list; no token ends it.
+
+    Returns a dict: "tokens"; "logits" (n, vocab) fp32; "tokens_per_second", "passes" (times that a block was passed, a token) and
+    "token_blocks" (blocks that a token ran in, refilling included), the three after the first token. ValueError for no ids or too many.
+    """
+    P, L = len(ids), len(model.blocks)
+    check(L, tau, late)
+    if not ids or n < 2 or P + n > model.config.block_size:
+        raise ValueError(f"{P} tokens and {n} new ones: give at least 1 and 2, together at most the context of {model.config.block_size}")
+    tokens, cache = torch.tensor([*ids, *[0] * n], device=model.embed.weight.device), KVCache(model, 1, P + n)
+    filled, passes, rows, logits = 0, 0, 0, []
+    for t in range(P - 1, P + n - 1):
+        if t == P:
+            began, passes, rows = time.perf_counter(), 0, 0
+        start = 0 if t < P else t
+        x = model.embed(tokens[start : t + 1])
+        if (t - P + 1) % tau == 0:
+            cache.length = filled  # the early blocks are behind: refill
+            new = model.embed(tokens[filled : t + 1])
+            thought = run(model.blocks[:-late], new, 1, model.rope(filled, len(new)), cache)
+            passes, rows, filled = passes + L - late, rows + (L - late) * len(new), t + 1
+            x = torch.where(heads(start, t + 1, tau, P - 1).to(x.device), thought[-len(x) :], x)
+        cache.length = start
+        passes, rows = passes + late, rows + late * len(x)
+        x = run(model.blocks[-late:], x, 1, model.rope(start, len(x)), cache, L - late)
+        logits.append(model.logits(model.norm(x[-1:]))[0])
+        tokens[t + 1] = logits[-1].argmax()
+    return {"tokens": tokens[P:].tolist(), "logits": torch.stack(logits), "tokens_per_second": (n - 1) / (time.perf_counter() - began),
+            "passes": passes / (n - 1), "token_blocks": rows / (n - 1)}
+
+
+@torch.no_grad()
+def nats_by_place(model, rows, tau, late, first):
+    """-log p of every next token of rows (N, T) with its position at every place of the cycle: (tau, N), means over positions first..T-2.
+
+    first: at least tau, so that every position has its head before it. ValueError for windows that are too short.
+    """
+    T, out = rows.shape[1], []
+    if not tau <= first < T - 1:
+        raise ValueError(f"windows of {T} tokens are too short for cycles of {tau}; give a longer text")
+    for some in rows.split(4):
+        thought, total = think(model, some, late), torch.zeros(tau, len(some), device=rows.device)
+        for phase in range(tau):
+            logits = model.head(hidden(model, some, tau, late, phase, thought)[:, first:-1]).float()
+            nats = F.cross_entropy(logits.flatten(0, 1), some[:, first + 1 :].flatten(), reduction="none").view(len(some), -1)
+            total.index_add_(0, (torch.arange(first, T - 1, device=rows.device) - phase) % tau, nats.T)
+        out.append(total / (T - 1 - first))
+    return torch.cat(out, 1).cpu()
+
+
+def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
+    """Train the late blocks on windows (N, T) with cycles of tau, in place. Goes on from the checkpoint's step, to the same weights."""
+    parameters = {name: p.requires_grad_() for name, p in model.blocks[-late:].named_parameters()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(checkpoint.seed)
+    start = checkpoint.restore(parameters, optimizer, generator)
+    bar = tqdm(range(start, steps), desc=f"train, cycles of {tau}", initial=start, total=steps)
+    for step in bar:
+        batch = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
+        phase = int(torch.randint(tau, (), generator=generator))
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
+        logits = model.head(hidden(model, batch, tau, late, phase)[:, :-1]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        bar.set_postfix(ce=f"{loss.item():.3f}")
+        if (step + 1) % 25 == 0 or step + 1 == steps:
+            checkpoint.save(step + 1, parameters, optimizer, generator)
+    for p in parameters.values():
+        p.requires_grad_(False)
+
+
+def experiment(model, tokenizer, train, test, checkpoint, taus=(1, 2, 3, 4), steps=100, late=None, rounds=5, new=61):
+    """Measure, train, measure again for each tau, from the same weights, which the model has again in the end.
+
+    train, test: windows (N, T) int64 of their splits; checkpoint: tau -> Checkpoint; new: tokens to decode, one more than a multiple
+    of every tau for whole cycles. Returns rows (dicts: tau, late; before, after: nats by place; each: after, by place and window; faster:
+    tokens/s over the full model's, median of alternating rounds; passes, token_blocks: shares of L; text: greedy) and a Figure.
+    """
+    L, late = len(model.blocks), late or in_proportion(len(model.blocks))
+    if steps < 1 or rounds < 1:
+        raise ValueError(f"{steps} steps, {rounds} rounds: at least 1")
+    start, prompt, rows = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}, test[0, :32].tolist(), []
+    for tau in taus:
+        check(L, tau, late)
+        before = nats_by_place(model, test, tau, late, max(taus))
+        finetune(model, train, tau, late, steps, checkpoint(tau))
+        after = nats_by_place(model, test, tau, late, max(taus))
+        speed = lambda cycle: decode(model, prompt, cycle, new, late)["tokens_per_second"]
+        values, out = median_of(rounds, {"cycles": partial(speed, tau), "full": partial(speed, 1)}), decode(model, prompt, tau, new, late)
+        rows.append({"tau": tau, "late": late, "before": before.mean(1).tolist(), "after": after.mean(1).tolist(), "each": after.tolist(),
+                     "faster": ratio(values, "cycles", "full"), "tokens_per_second": values, "passes": out["passes"] / L,
+                     "token_blocks": out["token_blocks"] / L, "text": tokenizer.decode(out["tokens"])})
+        model.blocks[-late:].load_state_dict(start)
+    return rows, chart(rows)
+
+
+def chart(rows):
+    """Nats by place in the cycle, and what the cycles save."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for n, r in enumerate(rows):
+        for key, style in (("before", ":"), ("after", "-")):
+            left.plot(range(1, r["tau"] + 1), r[key], style, marker="o", color=f"C{n}", label=f"tau = {r['tau']}, {key}")
+        right.bar(n - 0.2, r["faster"], 0.4, color="C0", label="" if n else "tokens/s, measured")
+        right.bar(n + 0.2, 1 / r["passes"], 0.4, color="C1", label="" if n else "1 / passes of blocks")
+    left.set(xlabel="place in the cycle", ylabel="nats a token, held-out", xticks=range(1, max(r["tau"] for r in rows) + 1))
+    right.set_xticks(range(len(rows)), [f"tau = {r['tau']}" for r in rows])
+    right.set(ylabel="times the full model")
+    left.legend(fontsize="small"), right.legend()
+    return figure
+
+
+def multitoken(args):
+    """args: model, data_dir, steps, limit (test windows), rounds, out (folder of checkpoints), resume, results, seed, device."""
+    task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
+    text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
+    model, tokenizer = load(args.model, device, torch.float32)
+    size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
+    train = windows(tokenizer, text, 10**6, size, task).to(device)
+    test = windows(tokenizer, held_out, args.limit or 16, size, task, spread=True).to(device)
+    settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint()}
+    checkpoint = lambda tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)
+    rows, figure = experiment(model, tokenizer, train, test, checkpoint, steps=args.steps, rounds=args.rounds)
+    cells, places = [], lambda nats: " ".join(f"{v:.3f}" for v in nats)
+    for r in rows:
+        low, high = bootstrap(lambda a, b: (a - b).mean(1), *(torch.tensor(x["each"]).mean(0).tolist() for x in (r, rows[0])))
+        mean = sum(r["after"]) / r["tau"] - rows[0]["after"][0]
+        cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{r['faster']:.2f}x",
+                      f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])
+    header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s", "passes", "blocks run a token"]
+    caption = (f"Direct multi-token decoding: {rows[0]['late']} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
+               f"{test.numel()} held-out tokens; 95% intervals over windows. Greedy decoding, fp32, {args.rounds} alternating rounds.")
+    publish(args, "multitoken", model, figure, caption=caption, markdown=format_table(header, cells), steps=args.steps, rows=rows)
