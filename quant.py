@@ -150,6 +150,14 @@ def fake_quantize(weight, state):
 
 
 MANY = 24  # rows from which dequantising to bf16 and multiplying beats int8pack (measured, results/NOTES.md)
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
+
+
+def product(x, weight, bias=None):
+    """F.linear. Many bf16 rows, a prompt, are multiplied in fp32 where bf16 is emulated: 6 times faster (measured, results/NOTES.md)."""
+    if AVX2 and x.dtype == torch.bfloat16 and len(x) >= MANY and not x.is_cuda:
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 class Int8Weight:
@@ -178,7 +186,7 @@ class Int8Weight:
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
         if len(x) > 1:
-            return F.linear(x, self.codes.to(x.dtype)) * self.scale  # codes are exact in bf16; scaling the output is cheaper
+            return product(x, self.codes.to(x.dtype)) * self.scale  # codes are exact in bf16; scaling the output is cheaper
         return row_product(self.kernel, x, self.tensors(), len(self.codes))
 
 
@@ -349,7 +357,7 @@ class RoutedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
         self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
-        self.linear = F.linear  # for state 4; on a GPU perhaps `linear_by_row`
+        self.linear = product  # for state 4; on a GPU perhaps `linear_by_row`
 
     def forward(self, x, state=4):
         if state == 4:
@@ -379,7 +387,7 @@ class RoutedLinear(nn.Module):
             if self.weight.is_cuda and dtype == torch.bfloat16:
                 layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
                 chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
-                self.linear = linear_by_row if chosen == "bf16 compiled" else F.linear
+                self.linear = linear_by_row if chosen == "bf16 compiled" else product
         else:
             dense = dequantize_int4(*int4).to(dtype)
             self.low = {1: FakeWeight(dense), 2: FakeWeight(dequantize_int8(*int8).to(dtype))}
