@@ -15,7 +15,12 @@
               (other horizons; lam, beta, w_i off); results/ablation.json
     figures   the paper's Figures 1, 2 and 4: results/figure1.json, figure2.json, figure4.json, and a .png of each
     transfer  its Figure 5: policies trained on each task (--policy as for table), tested on each; results/transfer.json and .png
-    report    puts the tables of results/ into the README
+
+    Other systems of the field, each into results/NAME.json and .png (field.py, multitoken.py):
+    controllers, kv, depth, retain   trained gates and merged blocks; gates by --routers, made by train.py --objective flexidepth and so on
+    multitoken                       direct multi-token decoding, with its fine-tuning: --steps, --out, --resume
+
+    report    puts the tables of results/ into README.md and results/README.md
 
 Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU).
 Both run the same routed forward. The paper's own numbers, shown beside ours, are in paper.json.
@@ -25,8 +30,10 @@ import json
 from pathlib import Path
 
 from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
-from data import CHOICE_TASKS
+from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, rank
+from field import controllers, depth, kv, retain
+from multitoken import multitoken
 from speed import speed
 from tables import ablation, figures, frontier, table, transfer
 
@@ -51,27 +58,32 @@ def evaluate(args):
 # report
 
 
-def render(readme, results):
-    """The README's text with every part between <!-- NAME --> and <!-- /NAME --> made anew from results/NAME.json."""
+def render(pages, results):
+    """{name: text} with every part between <!-- NAME --> and <!-- /NAME -->, in any of the texts, made anew from results/NAME.json."""
     for file in sorted(Path(results).glob("*.json")):
         begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
-        if begin not in readme or end not in readme:
-            raise ValueError(f"README.md has no part between {begin.strip()} and {end}")
-        text = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
-        readme = readme[: readme.index(begin) + len(begin)] + text + readme[readme.index(end) :]
-    return readme
+        made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
+        if not any(begin in text and end in text for text in pages.values()):
+            raise ValueError(f"neither of {', '.join(pages)} has a part between {begin.strip()} and {end}")
+        pages = {page: text[: text.index(begin) + len(begin)] + made + text[text.index(end) :] if begin in text and end in text else text
+                 for page, text in pages.items()}
+    return pages
+
+
+PAGES = ("README.md", "results/README.md")
 
 
 def report(args):
-    text = render(Path("README.md").read_text(encoding="utf-8"), args.results)
-    write_whole("README.md", text.encode())
-    print("wrote README.md")
+    for page, text in render({page: read_text(page) for page in PAGES}, args.results).items():
+        write_whole(page, text.encode())
+    print(f"wrote {' and '.join(PAGES)}")
 
 
 def main():
     p = Parser(__doc__)
     commands = {"eval": evaluate, "table": table, "frontier": frontier, "speed": speed, "ablation": ablation, "figures": figures,
-                "transfer": transfer, "report": report}
+                "transfer": transfer, "controllers": controllers, "kv": kv, "depth": depth, "retain": retain, "multitoken": multitoken,
+                "report": report}
     p.add_argument("command", nargs="?", default="eval", choices=commands)
     p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
                    help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
@@ -82,10 +94,14 @@ def main():
     p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval: keys and values of skipped tokens; default the method's own")
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
+    p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
     p.add_argument("--model", default="smollm2")
     p.add_argument("--limit", type=int, help="windows of 1,024 tokens, items or articles, from the start; eval: default 8, 100 and 8")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
+    p.add_argument("--steps", type=int, default=100, help="multitoken: training steps for each length of a cycle")
+    p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints")
+    p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--seed", type=int, default=0)

@@ -4,7 +4,7 @@
                  numbers of skipped blocks, beside skips that nobody learned (arXiv 2410.20022; their finding: no difference)
     kv           keys and values of skipped tokens: filled, or none (FlexiDepth, arXiv 2503.23798, which fills them)
     depth        blocks run, and cost, for each token of an answer, by kind of request (FlexiDepth)
-    retain       what is left of the full model's scores at about 4 and 8 skipped blocks: LayerSkip's early exit (arXiv 2404.16710),
+    retain       what is left of the full model's scores at as many skipped blocks as the gates skip: LayerSkip's early exit (arXiv 2404.16710),
                  ShortGPT (2403.03853), LaCo (2402.11187), MindSkip (2410.13184), FlexiDepth, and DASH at ShortGPT's cost
 
 Gates are those of routers.py, made by `train.py --objective KIND --skip N` and given by --routers; DASH is --policy, where it is there.
@@ -221,10 +221,11 @@ def laco(model, samples, n):
 @torch.no_grad()
 def retain(args):
     tasks = [args.task] if args.task else [t for t in TASKS if t != "mmlu_5shot" and args.data_dir and (Path(args.data_dir) / t).is_dir()] or ["lm"]
-    rows, short, n_of, asked = [], {}, {}, (4, 8)
+    rows, short, n_of = [], {}, {}
     for task in tasks:
         model, tokenizer, [policy, *_], known, examples = at_hand(args, task, TASKS.get(task, 4), policy_path(args, task), needed=False)
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
+        asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
         if policy:  # the same price for every task
             calibrate_prices(policy, model, text_examples(known.samples[:8]), [L / (L - n) for n in asked], [4 * (L - n) / L for n in asked])
@@ -252,26 +253,27 @@ def retain(args):
         whole, n_of[task] = worth(torch.tensor(found[0]["each"][key], dtype=torch.float64)), len(examples)
         for (method, n), r in zip(about, public(found)):
             each = torch.tensor(r["each"][key], dtype=torch.float64)
-            low, high = bootstrap(lambda v: worth(v) / whole, r["each"][key])
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
-                         "retained": (worth(each) / whole).item(), "interval": (low, high), "each": r["each"][key]})
+                         "each": r["each"][key]})
+            if whole > 0:  # of nothing, nothing can be retained
+                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(lambda v: worth(v) / whole, r["each"][key])}
     figure = Figure(figsize=(4 * len(tasks), 3.8), layout="constrained")
     methods = dict.fromkeys(r["method"] for r in rows if r["skipped"])
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
         for method in methods:
-            points = [(r["speedup"], 100 * r["retained"]) for r in rows if (r["task"], r["method"]) == (task, method)]
-            axes.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method)
+            points = [(r["speedup"], 100 * r["retained"]) for r in rows if (r["task"], r["method"]) == (task, method) and "retained" in r]
+            axes.plot(*zip(*sorted(points)) if points else ([], []), marker="o", markersize=4, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, n = {n_of[task]}", xlabel="speedup in bits", ylabel="% of the full model")
     axes.legend(fontsize="x-small")
     cells = []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
         of = [r for r in rows if (r["method"], r["skipped"]) == (method, n)]
-        text = lambda r: (f"{r['value']:.4g}" if not n else f"{100 * r['retained']:.0f} [{100 * r['interval'][0]:.0f}, {100 * r['interval'][1]:.0f}]"
-                          f" ({r['speedup']:.2f}x)")
-        cells.append([f"{method}, {n}" if n else "full model, value", *map(text, of),
-                      f"{100 * sum(r['retained'] for r in of) / len(of):.0f}" if n else ""])
+        share = lambda r: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (r["retained"], *r["interval"]))) if "retained" in r else "-"
+        kept = [r["retained"] for r in of if "retained" in r]
+        cells.append([f"{method}, {n}", *(f"{share(r)} ({r['speedup']:.2f}x)" for r in of), f"{100 * sum(kept) / max(1, len(kept)):.0f}"] if n else
+                     ["full model, value", *(f"{r['value']:.4g}" for r in of), ""])
     counts = ", ".join(f"{t} {n_of[t]}" for t in tasks)
-    caption = (f"Retained % of the full model's score (perplexity: full over the method's) at 4 and 8 of {L} blocks skipped [95% interval of the "
+    caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {' and '.join(map(str, asked))} of {L} blocks skipped [95% interval of the "
                f"method's score] (speedup in bits); n: {counts}. MindSkip skips attention only. DASH is priced for ShortGPT's cost.")
     publish(args, "retain", model, figure, caption=caption, markdown=format_table(["method, blocks skipped", *tasks, "mean"], cells), rows=rows)
