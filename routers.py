@@ -14,15 +14,16 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
                 slope through what the token runs; the weights stay at inference.
 
-    loss = CE + price * mean_t sum_l m_l                       skip controllers, MindSkip
-    loss = CE + alpha * mean_t (sum_l g_l)^2                   FlexiDepth, alpha = price / (2 * number of gates)
+    loss = CE                                                  skip controllers, MindSkip
+    loss = CE + alpha * mean_t (sum_l g_l)^2                   FlexiDepth
 
-Ours: the papers train at several prices and report what is skipped; here the price, in nats a block, follows the number of skipped
-blocks that each step measures, price = PULL * (asked - skipped) + PACE * (sum of that so far), and afterwards the threshold is
-set so that training text skips as many as was asked. Gates start open (bias `OPEN`) and the adapter at zero, so that a few
-hundred steps begin at the full model; FlexiDepth's release starts at random values. Skips are unscaled. A token that skips attention
-fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through
-slope runs the block for every token, so there they are from the plain weights too).
+Ours: the papers add a price for every gate that is open, train at several prices and report what is skipped. Such a price pushes all logits
+down alike. Here that push is made directly: all logits are compared with one threshold, which rises over the first half of training to where
+as many gates close as was asked, and is set once more on training text in the end. (A price that follows the count swung between 0 and 10
+skipped blocks in 80 steps.) Gates start open (bias `OPEN`) and the adapter at zero, so that a few hundred steps begin at the full model;
+FlexiDepth's release starts at random values. Skips are unscaled. A token that skips attention fills its keys and values, in INT4 as everywhere
+here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for every token, so there they are from
+the plain weights too).
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -42,8 +43,8 @@ from policy import Policy
 
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
-BATCH, LR, LR_BIAS = 2, 1e-3, 0.03  # examples a step; Adam's learning rates: how open a gate is at all, its last bias, moves fast
-PULL, PACE = 0.05, 0.002  # of the price, nats a block for every block that is skipped too few; for every such block and step so far
+BATCH, LR, LR_BIAS = 2, 1e-3, 0.1  # examples a step; Adam's learning rates: how open a gate is at all, its last bias, moves fast
+ALPHA, PACE = 1e-3, 0.2  # FlexiDepth's, as its paper has it; how fast the threshold follows the logits of the last batch
 
 
 class Gate(nn.Module):
@@ -82,8 +83,8 @@ class Router:
     """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
 
     rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
-    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, per
-    gate (B, T), the logits, in training m or g. extra: see `bit_costs`.
+    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen, on: of the last call, per
+    gate (B, T), the logits, and in training m or g. extra: see `bit_costs`.
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
@@ -109,7 +110,7 @@ class Router:
     def decide(self, i, x, start):
         block, mlp = divmod(i, self.rows)
         if i == 0:
-            self.seen = []
+            self.seen, self.on = [], []
         if block not in self.routed or mlp:
             if block in self.routed and self.kind == "flexidepth":
                 self.states[i] = self.states[i - 1]
@@ -118,25 +119,19 @@ class Router:
         if self.kind.startswith("gate-"):  # as in the release: a gate is not taught to make the inputs of later ones
             x = x.detach()
         logit = gate.router(torch.ones_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x))[..., 0]  # (B, T)
-        run, on, weigh = logit > self.threshold, logit, None
+        if training and self.kind.startswith("gate-"):
+            u = torch.rand(logit.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logit.device)
+            logit = logit + u.logit()
+        self.seen.append(logit.detach())
+        g, run, gain = (logit - self.threshold).sigmoid(), logit > self.threshold, None
         if self.kind == "flexidepth":
-            on = logit.sigmoid() if training else logit
-            weigh = torch.where(run, logit.sigmoid(), (-logit).sigmoid())
+            gain = torch.where(run, g, 1 - g)
         elif training:
-            if self.kind.startswith("gate-"):
-                u = torch.rand(logit.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logit.device)
-                logit = logit + u.logit()
-            soft = logit.sigmoid()
-            on = weigh = (logit > 0).float() - soft.detach() + soft
+            g = gain = run.float() - g.detach() + g  # straight through: the value of m, the slope of the sigmoid
             run = torch.ones_like(run)  # both paths: the slope of m needs block(x) - x
-        self.seen.append(on)
+        self.on.append(g)
         self.states[i] = run * 4
-        gate.gain = None if weigh is None else weigh.reshape(-1, 1)
-
-    def pressure(self, on):
-        """What the price is paid for: on (gates, n), m or g of n tokens -> a scalar."""
-        total = on.sum(0)
-        return total.square().mean() / (2 * len(on)) if self.kind == "flexidepth" else total.mean()
+        gate.gain = None if gain is None else gain.reshape(-1, 1)
 
     def save(self, path):
         """Write the gates whole or not at all, as safetensors. OSError names the path."""
@@ -171,34 +166,36 @@ def load(path):
 def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """Train policy.gates in place on examples (data.Example) until about `skip` gates a token are closed. Resumes from `checkpoint`.
 
-    log: a file that gets a line a step: "ce" nats, "skipped" gates a token, "price".
+    log: a file that gets a line a step: "ce" nats, "skipped" gates a token, "threshold".
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
     biases = [p for p in parameters.values() if p.numel() == 1]
     optimizer = torch.optim.Adam([{"params": biases, "lr": LR_BIAS}, {"params": [p for p in parameters.values() if p.numel() > 1]}], LR)
     start = checkpoint.restore(parameters, optimizer, generator)
-    price, owed = checkpoint.meta.get("price", 0.0), checkpoint.meta.get("owed", 0.0)
+    edge = checkpoint.meta.get("edge", OPEN)  # where the asked number of logits lies below
     bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)
     for step in bar:
-        ces, closed = [], []
+        policy.threshold, ces, seen = edge * min(1.0, 2 * step / steps), [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
             logp, right = outcomes(model, model.hidden(examples[n].rows, policy), examples[n])
-            on, ce = torch.stack(policy.seen)[:, examples[n].keep()], F.nll_loss(logp, right)
-            ((ce + price * policy.pressure(on)) / BATCH).backward()
+            keep, ce = examples[n].keep(), F.nll_loss(logp, right)
+            pressure = torch.stack(policy.on)[:, keep].sum(0).square().mean() if policy.kind == "flexidepth" else 0.0
+            ((ce + ALPHA * pressure) / BATCH).backward()
             ces.append(ce.item())
-            closed.append((on <= 0.5).sum(0).float().mean().item())
+            seen.append(torch.stack(policy.seen)[:, keep])
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        line = {"step": step, "ce": sum(ces) / len(ces), "skipped": sum(closed) / len(closed), "price": price}
-        owed += skip - line["skipped"]
-        price = PULL * (skip - line["skipped"]) + PACE * owed
+        seen = torch.cat(seen, 1)
+        line = {"step": step, "ce": sum(ces) / len(ces), "skipped": (seen <= policy.threshold).sum(0).float().mean().item(),
+                "threshold": policy.threshold}
+        edge += PACE * (seen.flatten().quantile(skip / len(seen)).item() - edge)
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
         if (step + 1) % 10 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, parameters, optimizer, generator, price=price, owed=owed)
+            checkpoint.save(step + 1, parameters, optimizer, generator, edge=edge)
     policy.gates.requires_grad_(False)
     policy.generator = None
     for gate in policy.gates:

@@ -92,9 +92,9 @@ def test_a_straight_through_gate_has_the_slope_of_its_block(six):
     policy.generator = torch.Generator().manual_seed(0)
     policy.gates.requires_grad_()
     hidden = model.hidden(tokens, policy)
-    on = torch.stack(policy.seen)
+    on = torch.stack(policy.on)
     assert set(on.detach().round(decimals=5).unique().tolist()) == {0.0, 1.0} and (policy.states == 4).all()
-    slope = torch.autograd.grad(hidden.sum(), policy.seen[-1], retain_graph=True)[0]  # of the last gate, block 5
+    slope = torch.autograd.grad(hidden.sum(), policy.on[-1], retain_graph=True)[0]  # of the last gate, block 5
     x, rope = model.embed(tokens)[0], model.rope(0, 12)
     with torch.no_grad():
         for i, block in enumerate(model.blocks[:5]):
