@@ -247,17 +247,24 @@ def static_candidates(known, alone, measure, targets):
     return [lambda speedup, d=damage: static_plan(d, known.costs, 4 / speedup)[1] for damage in tables] + [within]
 
 
-def greedy_path(known, measure, speedup):
-    """Lower one block by one state at a time, always where KL grows least per cost saved: [states (L,)], from all 4 down.
+def measured_kl(model, examples, scale=None, kv="fill"):
+    """A function of states (L,): the KL that they are measured to cost on these examples, nats, a float."""
+    full = [outcomes(model, model.hidden(e.rows), e)[0] for e in examples]
+    kl_of = lambda f, e, policy: kl(f, outcomes(model, model.hidden(e.rows, policy), e)[0]).mean().item()
+    return lambda states: sum(kl_of(f, e, Fixed(states, scale, kv)) for f, e in zip(full, examples)) / len(examples)
 
-    A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
+
+def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
+    """Lower one block by one move at a time, always where KL grows least per cost saved: [states (L,)], from all 4 down.
+
+    lower: the moves, state -> next state. A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
     """
     states, current, queue = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, []
-    lower = {4: 2, 2: 1, 1: 0}
 
     def push(i):
-        if int(states[i]) > (i == known.L - 1):  # the last block is never skipped
-            heapq.heappush(queue, (-float("inf"), i, lower[int(states[i])]))
+        to = lower.get(int(states[i]))
+        if to is not None and (to or i < known.L - 1):  # the last block is never skipped
+            heapq.heappush(queue, (-float("inf"), i, to))
 
     for i in range(1, known.L):
         push(i)

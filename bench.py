@@ -16,9 +16,12 @@
     figures   the paper's Figures 1, 2 and 4: results/figure1.json, figure2.json, figure4.json, and a .png of each
     transfer  its Figure 5: policies trained on each task (--policy as for table), tested on each; results/transfer.json and .png
 
-    Other systems of the field, each into results/NAME.json and .png (field.py, multitoken.py):
+    Other systems of the field, each into results/NAME.json and .png (oracle.py, field.py, multitoken.py):
+    hidden      blocks skipped uniformly, at random, or after an early exit: distance of the last hidden state, and what summaries are worth
+    oracle      for each sequence the cheapest path that scores as well as the full model, how much of it is luck, and what the policy gets
+                of it; results/oracle-TASK.json and .png
     controllers, kv, depth, retain   trained gates and merged blocks; gates by --routers, made by train.py --objective flexidepth and so on
-    multitoken                       direct multi-token decoding, with its fine-tuning: --steps, --out, --resume
+    multitoken  direct multi-token decoding, with its fine-tuning: --steps, --out, --resume
 
     report    puts the tables of results/ into README.md and results/README.md
 
@@ -34,6 +37,7 @@ from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, rank
 from field import controllers, depth, kv, retain
 from multitoken import multitoken
+from oracle import hidden, oracle
 from speed import speed
 from tables import ablation, figures, frontier, table, transfer
 
@@ -82,8 +86,8 @@ def report(args):
 def main():
     p = Parser(__doc__)
     commands = {"eval": evaluate, "table": table, "frontier": frontier, "speed": speed, "ablation": ablation, "figures": figures,
-                "transfer": transfer, "controllers": controllers, "kv": kv, "depth": depth, "retain": retain, "multitoken": multitoken,
-                "report": report}
+                "transfer": transfer, "hidden": hidden, "oracle": oracle, "controllers": controllers, "kv": kv, "depth": depth,
+                "retain": retain, "multitoken": multitoken, "report": report}
     p.add_argument("command", nargs="?", default="eval", choices=commands)
     p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
                    help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")

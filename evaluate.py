@@ -114,15 +114,20 @@ def rouge():
     return lambda reference, text: scorer.score(reference, text)["rougeL"].fmeasure
 
 
+def summary_prompt(model, tokenizer, article):
+    """What asks for a summary -> (prompt, whether it is the turn of a chat). A chat model is asked, any other sees TL;DR:."""
+    text = tokenizer.decode(tokenizer.encode(article["article"])[: min(ARTICLE, model.config.block_size - SUMMARY - 100)])
+    chat = bool(tokenizer.chat_template)
+    return f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:", chat
+
+
 def summaries(model, tokenizer, articles, policies):
-    """Rouge-L of greedy summaries under every policy: rows as `compare` makes them. A chat model is asked, any other sees TL;DR:."""
-    score, chat, rows = rouge(), bool(tokenizer.chat_template), []
-    room = min(ARTICLE, model.config.block_size - SUMMARY - 100)
+    """Rouge-L of greedy summaries under every policy: rows as `compare` makes them."""
+    score, rows = rouge(), []
     for policy in tqdm(policies, desc="summaries", leave=False):
         each, states = [], []
         for article in articles:
-            text = tokenizer.decode(tokenizer.encode(article["article"])[:room])
-            prompt = f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:"
+            prompt, chat = summary_prompt(model, tokenizer, article)
             ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
             routed = policy(torch.zeros(1, len(ids) + SUMMARY)) if callable(policy) else policy
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)

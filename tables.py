@@ -19,10 +19,10 @@ from tqdm import tqdm
 import baselines
 from baselines import bootstrap, compare
 from common import format_table, read_json
-from data import kl, load_examples, load_text, outcomes, text_examples, windows
+from data import load_examples, load_text, text_examples, windows
 from evaluate import ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, name_of, policy_path, publish, rank, variant
 from model import KVCache, load
-from policy import Fixed, mean_cost, most_speedup, speedup_bits
+from policy import mean_cost, most_speedup, speedup_bits
 from quant import fake_quantize
 from train import SHADES, calibrate_prices, profile, sensitivities
 
@@ -120,11 +120,7 @@ def frontier(args):
     train_rows = windows(tokenizer, load_text(task, "train", args.data_dir), 4, min(512, size), task, spread=True).to(device)
     search, choose = text_examples(train_rows[:1]), text_examples(train_rows[1:])
 
-    def measure_on(examples):
-        full = [outcomes(model, model.hidden(e.rows), e)[0] for e in examples]
-        kl_of = lambda f, e, policy: kl(f, outcomes(model, model.hidden(e.rows, policy), e)[0]).mean().item()
-        return lambda states: sum(kl_of(f, e, Fixed(states, known.scale)) for f, e in zip(full, examples)) / len(examples)
-
+    measure_on = lambda examples: baselines.measured_kl(model, examples, known.scale)
     alone = sensitivities(model, search, known.scale)
     known.candidates, known.measure = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
 
