@@ -2,20 +2,20 @@
 
 Two questions of "Dynamic layer selection in decoder-only transformers" (arXiv 2410.20022), on our model:
 
-    hidden   blocks skipped uniformly, at random, or all after an early exit: how far is the last hidden state from the full model's, and
-             what is a summary worth? Theirs: skipping beats exiting
+    hidden   blocks skipped uniformly, at random, or all after an early exit: how far is the last hidden state from the full model's,
+             and what is a summary worth? Theirs: skipping beats exiting
     oracle   for each sequence the cheapest path, of a nested family, that scores at least as well as the full model. Theirs: 23.3% of
-             the blocks are enough
+             the blocks
 
 An oracle sees the score before it chooses, so a part of what it saves is luck: of many paths one is ahead on this sequence by chance.
 
-    luck alone    the same oracle where no path is better than the full model. Summaries: each path's is another one of the full model's.
-                  Likelihoods: what is right is drawn anew from the full model's distribution, which no path predicts better in the mean
+    luck alone    the same oracle over the full model drawn anew. Summaries: every path's is another one of the full model's. Likelihoods:
+                  what is right is drawn from the full model's distribution, which no other path predicts better in the mean
     cross-check   a path chosen by one half of the evidence (one of two summaries; the even or the odd tokens of a text), scored on the
                   other. One answer to a question has no halves
 
-A policy doesn't see the score. What it saves "at no loss" is the most cost in bits that it saves at one of its speedups with a mean score no
-lower than the full model's; the share of this in what the oracle saves is what it closes of the gap. All blocks in INT8 are asked the same.
+A policy doesn't see the score. Saved at no loss: the most cost in bits that it saves at one of its speedups with a mean score no lower
+than the full model's. As a share of what the oracle saves, this is what it closes of the gap. All blocks in INT8 are asked the same.
 """
 
 import math
@@ -85,7 +85,7 @@ def distances(model, examples, policies):
 
 @torch.no_grad()
 def hidden(args):
-    """Distance against the share of blocks kept, on --task; Rouge-L against cost, where --data-dir has cnn_dm and --task is no other."""
+    """Distance against the share of blocks kept; Rouge-L against cost, where --data-dir has cnn_dm and --task names no other."""
     task, articles = args.task or ("wikitext2" if args.data_dir else "lm"), []
     if args.task in (None, "cnn_dm") and args.data_dir and (Path(args.data_dir) / "cnn_dm").is_dir():
         articles = some_articles(args, 3)
@@ -97,10 +97,10 @@ def hidden(args):
     kept, gaps = [100 * (L - n) / L for n in counts], [exit - uniform for uniform, exit, _ in found[1:]]
     closer, surely = sum(g.mean().item() > 0 for g in gaps), sum(interval(g)[0] > 0 for g in gaps)
     holds = "holds" if surely == len(gaps) else "holds in part" if closer else "does not hold"
-    said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} of them "
-            f"by more than the 95% interval: that skipping beats exiting {holds} here.")
-    tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *(spread(v, form=".4f") for v in three)] for k, three in zip(kept, found)])]
-    caption = (f"{task}, test, {len(examples)} sequences, {sum(sum(e.lengths) for e in examples)} tokens: cosine distance of the last hidden "
+    said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} "
+            f"of them by more than the 95% interval: that skipping beats exiting {holds} here.")
+    tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *(spread(v, 1, ".4f") for v in three)] for k, three in zip(kept, found)])]
+    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
                "state to the full model's [95% interval over sequences]. ")
     figure, rows = Figure(figsize=(11, 4.2), layout="constrained"), []
     left, right = figure.subplots(1, 2)
@@ -112,19 +112,18 @@ def hidden(args):
     if articles:
         few = sorted({max(1, L * k // 30) for k in (1, 2, 4)})
         full, *rows = summaries(model, tokenizer, articles, [None, *(p for n in few for p in skipping(known, n))])
-        cell = lambda r: f"{spread(torch.tensor(r['each']['rougeL']), 100)} ({100 / r['speedup']:.0f}%)"
-        lines = {way: rows[k :: len(WAYS)] for k, way in enumerate(WAYS)}
-        for way, line in lines.items():
-            right.plot(*zip(*[(100 / r["speedup"], 100 * r["rougeL"]) for r in (full, *line)]), marker="o", label=way)
+        lines = {"full model": [full]} | {way: rows[k :: len(WAYS)] for k, way in enumerate(WAYS)}
+        for way in WAYS:
+            right.plot(*zip(*[(100 / r["speedup"], 100 * r["rougeL"]) for r in (full, *lines[way])]), marker="o", label=way)
         right.legend()
         uniform, exit = (torch.tensor([r["each"]["rougeL"] for r in lines[way]]).mean(0) for way in WAYS[:2])
         said += f" Rouge-L of its summaries less that of exiting, mean of the columns below: {spread(uniform - exit, 100, '+.1f')} points."
-        tables.append(format_table(["blocks skipped", *few], [["full model", cell(full), *[""] * (len(few) - 1)],
-                                                              *([way, *map(cell, line)] for way, line in lines.items())]))
-        caption += f"Below: Rouge-L, %, of greedy summaries of cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)."
-    else:
-        caption += "No summaries: they need cnn_dm in --data-dir, and no other --task."
-    right.set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="Summaries of cnn_dm, test" if articles else "No summaries")
+        cell = lambda r: f"{spread(torch.tensor(r['each']['rougeL']), 100)} ({100 / r['speedup']:.0f}%)"
+        cells = [[way, *map(cell, line), *[""] * (len(few) - len(line))] for way, line in lines.items()]
+        tables.append(format_table(["blocks skipped", *few], cells))
+    caption += (f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)." if articles
+                else "No summaries: they need cnn_dm in --data-dir and no other --task.")
+    right.set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="cnn_dm, test" if articles else "No summaries")
     publish(args, "hidden", model, figure, caption=caption, markdown="\n\n".join([said, *tables]), kept=kept, closer=closer, surely=surely,
             distance=dict(zip(WAYS, found.transpose(0, 1).tolist())), summaries=rows)
 
@@ -145,36 +144,38 @@ def family(known, model, step):
 
 
 def cheapest(score):
-    """score (P, ...) of paths, the full model's first, then ever cheaper ones -> index (...) of the last that is at least as good as it."""
+    """score (P, ...) of paths, the full model first, then ever cheaper ones -> index (...) of the last that is at least as good."""
     index = torch.arange(len(score)).view(-1, *[1] * (score.dim() - 1))
     return torch.where(score >= score[0], index, 0).amax(0)
 
 
 def likelihoods(model, example, policies, P, generator):
-    """Log-likelihoods of one sequence in nats under K policies, the full model first: of what is right, the mean over tokens (K,); over the
-    even and the odd tokens (K, 2); of DRAWS outcomes that the full model draws, under the first P (P, DRAWS); costs (K,), 1 for the full model."""
-    of_right, of_drawn, cost = [], [], []
+    """Log-likelihoods of one sequence, nats, under K policies, of which the first P are paths, the first of all the full model.
+
+    Of what is right, mean over tokens (K,); of its even and its odd tokens (K, 2); of what the full model draws, DRAWS times, under the
+    paths (P, DRAWS); and what the policies cost in bits (K,), 1 for the full model.
+    """
+    right, lucky, cost = [], [], []
     for policy in policies:
-        logp, right = (t.cpu() for t in outcomes(model, model.hidden(example.rows, policy), example))
-        if not of_right:
+        logp, index = (t.cpu() for t in outcomes(model, model.hidden(example.rows, policy), example))
+        if not right:
             drawn = torch.multinomial(logp.exp(), DRAWS, replacement=True, generator=generator)
-        of_right.append(logp.gather(1, right[:, None])[:, 0])
-        of_drawn.append(logp.gather(1, drawn).mean(0))
+        right.append(logp.gather(1, index[:, None])[:, 0])
+        lucky.append(logp.gather(1, drawn).mean(0))
         cost.append(mean_cost(policy.states[:, example.keep()], bit_costs(model.config, policy)) / 4)
-    right = torch.stack(of_right)
-    return right.mean(1), torch.stack([right[:, ::2].mean(1), right[:, 1::2].mean(1)], 1), torch.stack(of_drawn[:P]), torch.tensor(cost)
+    right = torch.stack(right)
+    return right.mean(1), torch.stack([right[:, ::2].mean(1), right[:, 1::2].mean(1)], 1), torch.stack(lucky[:P]), torch.tensor(cost)
 
 
 def rouges(model, tokenizer, article, policies, P, generator):
-    """The same of Rouge-L, 0 to 1: of one sampled summary; of two; of P of the full model's, dealt out to the paths DRAWS times; costs."""
+    """The same of Rouge-L, 0 to 1: of one sampled summary; of two; of P of the full model's, dealt out to the paths DRAWS times; cost."""
     (prompt, chat), score, found, cost = summary_prompt(model, tokenizer, article), rouge(), [], []
     for policy in policies:
         seeds = torch.randint(2**31, (2 if found else P,), generator=generator).tolist()
         out = [generate(model, tokenizer, prompt, policy, SUMMARY, TEMPERATURE, seed, chat) for seed in seeds]
         found.append(torch.tensor([score(article["highlights"], o["text"]) for o in out]))
         cost.append(mean_cost(torch.cat([o["states"] for o in out], 1), bit_costs(model.config, policy)) / 4)
-    halves = torch.stack([f[:2] for f in found])
-    dealt = [found[0][torch.randperm(P, generator=generator)] for _ in range(DRAWS)]
+    halves, dealt = torch.stack([f[:2] for f in found]), [found[0][torch.randperm(P, generator=generator)] for _ in range(DRAWS)]
     return halves[:, 0], halves, torch.stack(dealt, 1), torch.tensor(cost)
 
 
@@ -185,14 +186,10 @@ def saved(cost, change):
 
 @torch.no_grad()
 def oracle(args):
-    """--task, or those of three that --data-dir has, or held-out pydocs; each is published as it ends."""
-    tasks = [args.task or "lm"]
-    if args.data_dir and not args.task:
-        tasks = [t for t in ("wikitext2", "arc_easy", "cnn_dm") if (Path(args.data_dir) / t).is_dir()]
-    if not tasks:
-        raise ValueError(f"--data-dir {args.data_dir} has none of wikitext2, arc_easy and cnn_dm; give a folder with one of them")
+    """On --task, or with --data-dir on three tasks, or on held-out pydocs; each is published as it ends."""
+    tasks = [args.task] if args.task else ["wikitext2", "arc_easy", "cnn_dm"] if args.data_dir else ["lm"]
     if "cnn_dm" in tasks:
-        rouge()
+        rouge()  # not installed: say so before an hour's work
     for task in tasks:
         allocate(args, task)
 
@@ -212,45 +209,44 @@ def allocate(args, task):
         sequences, what, unit, form = pieces(examples), f"log-likelihood of {'a token' if text else 'the right answer'}, nats", 1, "+.4f"
         evidence = lambda example: likelihoods(model, example, policies, P, generator)
     score, halves, lucky, cost = (torch.stack(t, 1) for t in zip(*map(evidence, tqdm(sequences, desc=task, leave=False))))
-    change, pick, by_luck, by_half = score - score[0], cheapest(score[:P]), cheapest(lucky), cheapest(halves[:P])
-    oracles, luck = shares[pick].mean().item(), shares[by_luck].mean().item()
+    score, halves, lucky = unit * score, unit * halves, unit * lucky
+    pick, by_luck, by_half, change = cheapest(score[:P]), cheapest(lucky), cheapest(halves[:P]), score - score[0]
     gain = lambda score, pick: score[:P].gather(0, pick[None])[0] - score[0]
-    line = lambda name, cost, change: [name, spread(cost, 100), spread(change, unit, form)]
-    cells = [line("oracle", shares[pick], gain(score, pick)), line("luck alone", shares[by_luck].mean(1), gain(lucky, by_luck).mean(1))]
+    oracles, luck = shares[pick], shares[by_luck].mean(1)  # of every sequence
+    gap, near = 1 - oracles.mean().item(), (shares - oracles.mean()).abs().argmin()
+    rows = [("oracle", oracles, gain(score, pick)), ("luck alone", luck, gain(lucky, by_luck).mean(1))]
     if text:
-        cells += [line(f"chosen by one half, scored on {where}", shares[by_half].mean(1), gain(those, by_half).mean(1))
-                  for where, those in (("it", halves), ("the other", halves.flip(-1)))]
-    near = (shares - oracles).abs().argmin()
-    cells += [line("one path for all", cost[near], change[near]), line("all INT8", cost[P], change[P])]
-    cells += [line(f"policy, {s:g}x asked", *those) for s, *those in zip(asked, cost[P + 1 :], change[P + 1 :])]
+        rows += [(f"chosen by one half, scored on {where}", shares[by_half].mean(1), gain(those, by_half).mean(1))
+                 for where, those in (("it", halves), ("the other", halves.flip(-1)))]
+    rows += [("the nearest path for all", cost[near], change[near]), ("all INT8", cost[P], change[P])]
+    rows += zip([f"policy, {s:g}x asked" for s in asked], cost[P + 1 :], change[P + 1 :])
+    cells = [[name, spread(c, 100), spread(d, 1, form)] for name, c, d in rows]
     best = {"all INT8": saved(cost[P : P + 1], change[P : P + 1]), "policy": saved(cost[P + 1 :], change[P + 1 :]) if asked else None}
     for name, most in best.items():
-        closed = "" if most is None or oracles == 1 else f", {most / (1 - oracles):.2f} of the oracle's saving"
-        cells.append([f"{name}, saved at no loss", "no policy" if most is None else f"{100 * most:.1f}{closed}", ""])
-    said = (f"The oracle needs {100 * oracles:.1f}% of the blocks (theirs: 23.3%, by Rouge-L of summaries); by luck alone it would take "
-            f"{100 * luck:.1f}%.")
-    caption = (f"Oracle over {P} nested paths, {task}, test, n = {len(sequences)}: {what} (full model {unit * score[0].mean():.4g}). Cost in bits, "
-               "% of the full model's (of a path: its share of the blocks), and change of score against the full model [95% intervals over "
-               "sequences]. Saved at no loss: the most with a mean score no lower than the full model's, and its share in what the oracle saves.")
-    publish(args, f"oracle-{task}", model, oracle_chart(f"{task}, test: {what}", shares, cost, unit * change, pick, by_luck, unit * gain(score, pick)),
-            caption=caption, markdown=f"{said}\n\n" + format_table(["", "cost, %", "change of score"], cells), blocks=oracles, luck=luck, saved=best,
-            policy=path if asked else None, paths=[p.tolist() for p in plans], picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())
+        closed = "no policy" if most is None else f"{100 * most:.1f}" + (f", {most / gap:.2f} of what the oracle saves" if gap else "")
+        cells.append([f"{name}, saved at no loss", closed, ""])
+    said = (f"The oracle needs {100 * oracles.mean():.1f}% of the blocks (theirs: 23.3%, by Rouge-L of summaries); by luck alone it would "
+            f"take {100 * luck.mean():.1f}%.")
+    caption = (f"Oracle over {P} nested paths, {task}, test, n = {len(sequences)}: {what} (full model {score[0].mean():.4g}). Cost in "
+               "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals over "
+               "sequences]. Saved at no loss: the most with a mean score no lower than the full model's; its share in what the oracle saves.")
+    figure = oracle_chart(f"{task}, test: {what}", rows, shares, cost, change, pick, by_luck)
+    publish(args, f"oracle-{task}", model, figure, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
+            blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
+            picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())
 
 
-def oracle_chart(title, shares, cost, change, pick, by_luck, gain):
-    """Score against cost: one path for all, the oracle, policies; and which paths the oracle takes, beside luck."""
-    figure, P, x, y = Figure(figsize=(11, 4.2), layout="constrained"), len(shares), 100 * cost.mean(1), change.mean(1)
+def oracle_chart(title, rows, shares, cost, change, pick, by_luck):
+    """Score against cost of one path for all and of the table's rows; and which paths the oracle takes, beside luck."""
+    figure, P = Figure(figsize=(12, 4.5), layout="constrained"), len(shares)
     left, right = figure.subplots(1, 2)
-    left.plot(x[:P], y[:P], marker="o", markersize=4, color="tab:gray", label="one path for all")
-    left.plot(100 * shares[pick].mean(), gain.mean(), "*", markersize=12, color="tab:orange", label="oracle")
-    left.plot(x[P], y[P], "s", color="black", label="all INT8")
-    if len(x) > P + 1:
-        left.plot(x[P + 1 :], y[P + 1 :], marker="o", color="tab:blue", label="policy")
+    left.plot(100 * cost[:P].mean(1), change[:P].mean(1), ".-", color="tab:gray", label="one path for all")
+    for name, c, d in rows:
+        left.plot(100 * c.mean(), d.mean(), "*" if name == "oracle" else "o", label=name)
     left.set(xlabel="cost in bits, % of the full model's", ylabel="change of score", title=title)
-    left.legend()
     for n, (name, index) in enumerate((("oracle", pick), ("luck alone", by_luck.flatten()))):
         right.bar(torch.arange(P) + 0.4 * n - 0.2, 100 * torch.bincount(index, minlength=P) / len(index), 0.4, label=name)
     right.set_xticks(range(P), [f"{100 * s:.0f}" for s in shares.tolist()])
     right.set(xlabel="path taken, % of the blocks", ylabel="% of sequences", title="The cheapest that scores as well as the full model")
-    right.legend()
+    left.legend(fontsize="small"), right.legend()
     return figure
