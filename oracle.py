@@ -14,8 +14,8 @@ An oracle sees the score before it chooses, so a part of what it saves is luck: 
     cross-check   a path chosen by one half of the evidence (one of two summaries; the even or the odd tokens of a text), scored on the
                   other. One answer to a question has no halves
 
-A policy doesn't see the score. Saved at no loss: the most cost in bits that it saves at one of its speedups with a mean score no lower
-than the full model's. As a share of what the oracle saves, this is what it closes of the gap. All blocks in INT8 are asked the same.
+A policy doesn't see the score. At no loss: the most cost in bits that it saves at one of its speedups with a mean score no lower than
+the full model's. As a share of what the oracle saves, this is what it closes of the gap. All blocks in INT8 are asked the same.
 """
 
 import math
@@ -206,7 +206,8 @@ def allocate(args, task):
         sequences, what, unit, form = some_articles(args, 3), "Rouge-L of a sampled summary, %", 100, "+.1f"
         evidence = lambda article: rouges(model, tokenizer, article, policies, P, generator)
     else:
-        sequences, what, unit, form = pieces(examples), f"log-likelihood of {'a token' if text else 'the right answer'}, nats", 1, "+.4f"
+        what = f"log-likelihood of {PIECE} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
+        sequences, unit, form = pieces(examples), 1, "+.4f"
         evidence = lambda example: likelihoods(model, example, policies, P, generator)
     score, halves, lucky, cost = (torch.stack(t, 1) for t in zip(*map(evidence, tqdm(sequences, desc=task, leave=False))))
     score, halves, lucky = unit * score, unit * halves, unit * lucky
@@ -223,13 +224,13 @@ def allocate(args, task):
     cells = [[name, spread(c, 100), spread(d, 1, form)] for name, c, d in rows]
     best = {"all INT8": saved(cost[P : P + 1], change[P : P + 1]), "policy": saved(cost[P + 1 :], change[P + 1 :]) if asked else None}
     for name, most in best.items():
-        closed = "no policy" if most is None else f"{100 * most:.1f}" + (f", {most / gap:.2f} of what the oracle saves" if gap else "")
-        cells.append([f"{name}, saved at no loss", closed, ""])
+        closed = f", {most / gap:.2f} of the oracle's saving" if most is not None and gap else ""
+        cells.append([f"{name}, at no loss", "no policy" if most is None else f"saves {100 * most:.1f}{closed}", ""])
     said = (f"The oracle needs {100 * oracles.mean():.1f}% of the blocks (theirs: 23.3%, by Rouge-L of summaries); by luck alone it would "
             f"take {100 * luck.mean():.1f}%.")
     caption = (f"Oracle over {P} nested paths, {task}, test, n = {len(sequences)}: {what} (full model {score[0].mean():.4g}). Cost in "
-               "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals over "
-               "sequences]. Saved at no loss: the most with a mean score no lower than the full model's; its share in what the oracle saves.")
+               "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals "
+               "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
     figure = oracle_chart(f"{task}, test: {what}", rows, shares, cost, change, pick, by_luck)
     publish(args, f"oracle-{task}", model, figure, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
             blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
