@@ -80,7 +80,7 @@ def distances(model, examples, policies):
         for k, policy in enumerate(policies):
             routed = model.hidden(example.rows, policy(example.rows) if callable(policy) else policy)
             out[k, n] = (1 - F.cosine_similarity(full, routed, dim=-1)[:, 1:][keep]).mean()
-    return out
+    return out.clamp(min=0)  # rounding
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def allocate(args, task):
     policies = [*(Fixed(p, kv="none") for p in plans), baselines.int8(known, 0)]
     policies += [make_policy("dash", s, known, model, policy, path) for s in asked]
     if task == "cnn_dm":
-        sequences, what, unit, form = some_articles(args, 3), "Rouge-L of a sampled summary, %", 100, "+.1f"
+        sequences, what, unit, form = some_articles(args, 2), "Rouge-L of a sampled summary, %", 100, "+.1f"
         evidence = lambda article: rouges(model, tokenizer, article, policies, P, generator)
     else:
         what = f"log-likelihood of {PIECE} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
