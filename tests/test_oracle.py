@@ -151,7 +151,7 @@ def test_hidden(made, tiny, data):  # noqa: F811
     assert r["kept"][0] == 100 and set(r["distance"]) == set(oracle.WAYS)
     first = torch.tensor([r["distance"][way][0] for way in oracle.WAYS])
     assert first.abs().max() < 1e-5 and min(r["distance"]["exit early"][-1]) > 1e-3
-    assert len(r["summaries"]) == 3 * len({max(1, LAYERS * k // 30) for k in (1, 2, 4)}) and r["summaries"][0]["speedup"] > 1
+    assert [row["speedup"] for row in r["summaries"]] == pytest.approx([1, 4 / 3, 4 / 3, 1.25], abs=0.1)  # one of four blocks
     assert "No summaries" in run(made, tiny, "hidden", "--data-dir", data, "--task", "arc_easy", "--limit", 2)
 
 
