@@ -250,5 +250,5 @@ def oracle_chart(title, rows, shares, cost, change, pick, by_luck):
         right.bar(torch.arange(P) + 0.4 * n - 0.2, 100 * torch.bincount(index, minlength=P) / len(index), 0.4, label=name)
     right.set_xticks(range(P), [f"{100 * s:.0f}" for s in shares.tolist()])
     right.set(xlabel="path taken, % of the blocks", ylabel="% of sequences", title="The cheapest that scores as well as the full model")
-    left.legend(fontsize="small"), right.legend()
+    left.legend(fontsize="small", framealpha=0.4), right.legend()
     return figure
