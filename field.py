@@ -223,7 +223,7 @@ def retain(args):
     tasks = [args.task] if args.task else [t for t in TASKS if t != "mmlu_5shot" and args.data_dir and (Path(args.data_dir) / t).is_dir()] or ["lm"]
     rows, short, n_of = [], {}, {}
     for task in tasks:
-        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, TASKS.get(task, 4), policy_path(args, task), needed=False)
+        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if task in TEXTS else 16, policy_path(args, task), needed=False)
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)

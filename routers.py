@@ -43,7 +43,8 @@ from policy import Policy
 
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
-BATCH, LR, LR_BIAS = 2, 1e-3, 0.1  # examples a step; Adam's learning rates: how open a gate is at all, its last bias, moves fast
+BATCH = 2  # examples a step
+LR = {"adapter": 1e-3, "bias": 0.1, "router": 3e-4}  # Adam's rates; how open a gate is at all, its last bias, moves fast
 ALPHA, PACE = 1e-3, 0.2  # FlexiDepth's, as its paper has it; how fast the threshold follows the logits of the last batch
 
 
@@ -170,8 +171,8 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
-    biases = [p for p in parameters.values() if p.numel() == 1]
-    optimizer = torch.optim.Adam([{"params": biases, "lr": LR_BIAS}, {"params": [p for p in parameters.values() if p.numel() > 1]}], LR)
+    part = lambda name, p: "adapter" if "adapter" in name else "bias" if p.numel() == 1 else "router"
+    optimizer = torch.optim.Adam([{"params": [p], "lr": LR[part(name, p)]} for name, p in parameters.items()])
     start = checkpoint.restore(parameters, optimizer, generator)
     edge = checkpoint.meta.get("edge", OPEN)  # where the asked number of logits lies below
     bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)

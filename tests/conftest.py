@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: two threads on a busy machine wait for each other, a hundred times as long as they work
 
 from model import load  # noqa: E402
 
@@ -103,7 +103,7 @@ def _forked(name, args, env, cwd, output):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts into the background with Ctrl-C ignored
     os.environ.update(env)
     os.chdir(cwd)
-    torch.set_num_threads(1)  # tiny models: two threads would wait for each other
+    torch.set_num_threads(1)
     sys.argv = [str(ROOT / f"{name}.py"), *args]
     command_line(importlib.import_module(name).main if name in ("train", "infer", "bench") else lambda: exec(name, {}))
 

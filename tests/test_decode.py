@@ -99,7 +99,7 @@ def test_odd_shapes_and_batches(tmp_path, change, threads):
         assert real.logits(real.hidden(tokens)[:, -1]).shape == (3, change["vocab_size"])
         assert generate(real, tokenizer, "the cat", random_policy(real, 0), 5)["tokens"]
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
 
 
 @torch.no_grad()

@@ -16,15 +16,6 @@ from model import KVCache, load
 IDS = [7, 100, 23, 5, 280, 61, 9]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models: two threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model(tiny):
     return load(str(tiny))[0]

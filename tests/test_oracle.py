@@ -16,15 +16,6 @@ from test_tables import data, write_policy  # noqa: F401 - data is a fixture
 LAYERS = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models: two threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model(tiny):
     model = load(str(tiny))[0]

@@ -17,15 +17,6 @@ from model import KVCache, load
 from policy import Policy, bit_costs, mean_cost
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models: two threads on a busy machine wait for each other, a hundred times as long as they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def router_for(model, kind, seed=0, std=0.3):
     """Gates of random weights, so that all of them sometimes run and sometimes skip."""
     torch.manual_seed(seed)
