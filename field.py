@@ -25,7 +25,7 @@ import baselines
 import routers
 from baselines import bootstrap, compare
 from common import format_table
-from data import load_articles, load_text, text_examples
+from data import load_articles, load_text, text_examples, windows
 from evaluate import METRICS, TASKS, TEXTS, at_hand, policy_path, publish, summaries, variant, with_kv
 from infer import generate
 from policy import bit_costs, speedup_bits
@@ -126,7 +126,7 @@ def kv(args):
 
 
 def requests(passages, n, seed):
-    """n prompts of each kind: {kind: [text]}. Lists have 5 to 10 integers between 10 and 99, as theirs."""
+    """n prompts of each kind from so many passages: {kind: [text]}. Lists have 5 to 10 integers between 10 and 99, as theirs."""
     draw = random.Random(seed)
     lists = [" ".join(str(draw.randint(10, 99)) for _ in range(draw.randint(5, 10))) for _ in range(n)]
     asks = {"copy": "Copy this text word for word.\n\n", "summarise": "Summarize this text in one sentence.\n\n",
@@ -139,9 +139,8 @@ def requests(passages, n, seed):
 def depth(args):
     task = args.task or ("wikitext2" if args.data_dir else "lm")
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
-    text = load_text("pydocs" if task == "lm" else task, "test", args.data_dir)
-    passages = [p.strip()[:400] for p in text.split("\n") if len(p) > 300]
-    asked = requests(passages, args.limit or (50 if args.full else 4), args.seed)
+    text, n = load_text("pydocs" if task == "lm" else task, "test", args.data_dir), args.limit or (50 if args.full else 4)
+    asked = requests([tokenizer.decode(row) for row in windows(tokenizer, text, n, 96, task, spread=True)], n, args.seed)
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in gates(args, model, "flexidepth")}
     if policy:
         contenders |= {f"dash, {s:g}x": copy.copy(policy).at(s) for s in (2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]}
@@ -168,7 +167,7 @@ def depth(args):
         axes.set_xticks(range(len(asked)), asked)
         axes.set(ylabel=f"{what}: mean, deviation of tokens")
     axes.legend(fontsize="small")
-    caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of {task}. Each cell: blocks run a new token, "
+    caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of 96 tokens of {task}. Each cell: blocks run a new token, "
                "their variance; cost a block in units of 4 bits a weight, its variance.")
     publish(args, "depth", model, figure, caption=caption, markdown=format_table(["", *contenders], cells), rows=rows)
 
