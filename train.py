@@ -659,21 +659,21 @@ def train_routers(args, device, text, model, tokenizer, read, began):
     policy = routers.Router(args.objective, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint())
     if args.skip is None or not 0 < args.skip < len(policy.routed):
         raise ValueError(f"--objective {args.objective} needs --skip, 1 to {len(policy.routed) - 1} of this model's {c.n_layer} blocks")
-    examples, priced = read("train", 10**6, WINDOW), read("train", 200 if is_choice(args.data) else 4, LONG)
-    test = read("test", 200 if is_choice(args.data) else 4, LONG)
+    examples, test = read("train", 10**6, WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
                 "seed": args.seed, "fingerprint": policy.fingerprint}
     policy.settings = settings
-    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
-    with start_log(out / "train.jsonl", checkpoint) as log:
-        routers.train_gates(policy.to(device), model, examples, args.skip, args.steps, checkpoint, log)
-    routers.calibrate(policy, model, priced, args.skip)
-    policy.save(out / "router.safetensors")
-
     samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
     observe(known, model)
+    routers.begin(policy.to(device), known, args.skip)
+    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
+    with start_log(out / "train.jsonl", checkpoint) as log:
+        routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
+    routers.calibrate(policy, model, examples[:: max(1, len(examples) // 8)][:8], args.skip)
+    policy.save(out / "router.safetensors")
+
     names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
     rows = compare(model, test, [None, policy, without(known, by_similarity(known)[: args.skip])])
     report(out, names, rows, rows[1]["raw"][:: policy.rows], test, args, device, model, settings, began,
