@@ -45,7 +45,7 @@ from policy import Policy
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
 BATCH = 2  # examples a step
-LR = {"adapter": 1e-3, "bias": 0.03, "router": 3e-4}  # Adam's rates; how open a gate is at all, its last bias, moves fast
+LR, LR_BIAS = {"flexidepth": 3e-4}, 0.03  # Adam's rates of the routers, else 1e-3, as the adapters'; how open a gate is, its last bias, moves fast
 ALPHA, PACE = 1e-3, 0.1  # FlexiDepth's, as its paper has it; of the threshold, for every gate too few that a step closes
 
 
@@ -178,8 +178,8 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
-    part = lambda name, p: "adapter" if "adapter" in name else "bias" if p.numel() == 1 else "router"
-    optimizer = torch.optim.Adam([{"params": [p], "lr": LR[part(name, p)]} for name, p in parameters.items()])
+    rate = lambda name, p: LR_BIAS if p.numel() == 1 else 1e-3 if "adapter" in name else LR.get(policy.kind, 1e-3)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": rate(name, p)} for name, p in parameters.items()])
     start = checkpoint.restore(parameters, optimizer, generator)
     policy.threshold = checkpoint.meta.get("threshold", 0.0)
     bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)
