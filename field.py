@@ -4,8 +4,8 @@
                  numbers of skipped blocks, beside skips that nobody learned (arXiv 2410.20022; their finding: no difference)
     kv           keys and values of skipped tokens: filled, or none (FlexiDepth, arXiv 2503.23798, which fills them)
     depth        blocks run, and cost, for each token of an answer, by kind of request (FlexiDepth)
-    retain       what is left of the full model's scores at as many skipped blocks as the gates skip: LayerSkip's early exit (arXiv 2404.16710),
-                 ShortGPT (2403.03853), LaCo (2402.11187), MindSkip (2410.13184), FlexiDepth, and DASH at ShortGPT's cost
+    retain       what is left of the full model's scores at as many skipped blocks as the gates skip: LayerSkip's early exit (arXiv
+                 2404.16710), ShortGPT (2403.03853), LaCo (2402.11187), MindSkip (2410.13184), FlexiDepth, and DASH at ShortGPT's cost
 
 Gates are those of routers.py, made by `train.py --objective KIND --skip N` and given by --routers; DASH is --policy, where it is there.
 LayerSkip's own training with an exit loss is not repeated: its exit is on the model as it is.
@@ -39,7 +39,8 @@ def gates(args, model, *kinds):
         router.check(model)
         router.to(model.embed.weight.device)
     if not found:
-        raise ValueError(f"{args.command} needs --routers FILE..., made by python train.py --objective {kinds[0]} --skip 4 --out r-{kinds[0]}-4")
+        raise ValueError(f"{args.command} needs --routers FILE..., made by python train.py --objective {kinds[0]} --skip 4 --out "
+                         f"r-{kinds[0]}-4")
     return sorted(found, key=lambda r: (r.settings["skip"], kinds.index(r.kind)))
 
 
@@ -113,7 +114,8 @@ def kv(args):
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for n, mode in enumerate(("fill", "none")):
-        axes.bar([i + 0.4 * n for i in range(len(contenders))], [r["nats"] - full["nats"] for r in rows if r["kv"] == mode], 0.4, label=mode)
+        height = [r["nats"] - full["nats"] for r in rows if r["kv"] == mode]
+        axes.bar([i + 0.4 * n for i in range(len(height))], height, 0.4, label=mode)
     axes.set_xticks([i + 0.2 for i in range(len(contenders))], contenders)
     axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task}")
     axes.legend()
@@ -131,7 +133,8 @@ def requests(passages, n, seed):
     lists = [" ".join(str(draw.randint(10, 99)) for _ in range(draw.randint(5, 10))) for _ in range(n)]
     asks = {"copy": "Copy this text word for word.\n\n", "summarise": "Summarize this text in one sentence.\n\n",
             "continue": "Continue this text.\n\n"}
-    sums = {"repeat": "Repeat this list of numbers: ", "add": "Add up this list of numbers: ", "multiply": "Multiply the numbers in this list: "}
+    sums = {"repeat": "Repeat this list of numbers: ", "add": "Add up this list of numbers: ",
+            "multiply": "Multiply the numbers in this list: "}
     return {k: [ask + p for p in passages[:n]] for k, ask in asks.items()} | {k: [ask + one for one in lists] for k, ask in sums.items()}
 
 
@@ -154,16 +157,15 @@ def depth(args):
                 raise ValueError(f"{name} answers every request to {kind} with nothing; give more requests by --limit")
             blocks = (states[::half] > 0).sum(0).float()  # of whole blocks; a half counts as its attention
             cost = torch.tensor([4 / speedup_bits(one[:, None], costs) for one in states.T])
-            rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": blocks.mean().item(),
-                         "variance": blocks.var(correction=0).item(), "cost": cost.mean().item(), "cost_variance": cost.var(correction=0).item()})
-    cells = [[kind, *(f"{r['blocks']:.2f}, {r['variance']:.2f}; {r['cost']:.2f}, {r['cost_variance']:.3f}" for r in rows if r["kind"] == kind)]
-             for kind in asked]
+            mean_and_variance = lambda t: (t.mean().item(), t.var(correction=0).item())
+            rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": mean_and_variance(blocks), "cost": mean_and_variance(cost)})
+    cell = lambda r: "{:.2f}, {:.2f}; {:.2f}, {:.3f}".format(*r["blocks"], *r["cost"])
+    cells = [[kind, *(cell(r) for r in rows if r["kind"] == kind)] for kind in asked]
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, key, spread, what in zip(figure.subplots(1, 2), ("blocks", "cost"), ("variance", "cost_variance"),
-                                       (f"blocks run, of {known.L}", "cost a block, bits / 4")):
+    for axes, key, what in zip(figure.subplots(1, 2), ("blocks", "cost"), (f"blocks run, of {known.L}", "cost a block, bits / 4")):
         for n, name in enumerate(contenders):
-            of = [r for r in rows if r["method"] == name]
-            axes.errorbar([i + 0.15 * n for i in range(len(of))], [r[key] for r in of], [r[spread] ** 0.5 for r in of], fmt="o", capsize=3, label=name)
+            means, variances = zip(*[r[key] for r in rows if r["method"] == name])
+            axes.errorbar([i + 0.15 * n for i in range(len(means))], means, [v**0.5 for v in variances], fmt="o", capsize=3, label=name)
         axes.set_xticks(range(len(asked)), asked)
         axes.set(ylabel=f"{what}: mean, deviation of tokens")
     axes.legend(fontsize="small")
