@@ -51,6 +51,16 @@ def read_policy(path, model, needed):
     return policy if policy.fingerprint == model.fingerprint() else None
 
 
+def folders(args, tasks):
+    """Those of `tasks` that --data-dir has, or held-out pydocs where there is no such folder. ValueError when it has none."""
+    if not args.data_dir:
+        return ["lm"]
+    found = [t for t in tasks if (Path(args.data_dir) / t).is_dir()]
+    if not found:
+        raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
+    return found
+
+
 def known_of(model, policy, seed):
     """What baselines may go by: the damage that train.py left in a policy file."""
     known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed, config=model.config)

@@ -14,7 +14,6 @@ LayerSkip's own training with an exit loss is not repeated: its exit is on the m
 import copy
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,18 @@ import routers
 from baselines import bootstrap, compare
 from common import format_table
 from data import load_articles, load_text, text_examples, windows
-from evaluate import METRICS, TASKS, TEXTS, at_hand, policy_path, publish, summaries, variant, with_kv
+from evaluate import METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, policy_path, publish, rouge, summaries, variant, with_kv
 from infer import generate
-from policy import bit_costs, speedup_bits
-from train import calibrate_prices
+from oracle import pieces
+from policy import bit_costs, mean_cost
 
 
 def gates(args, model, *kinds):
-    """The routers of --routers that are of these kinds, by number of skipped blocks. ValueError when there is none."""
+    """The routers of --routers that are of these kinds, by number of skipped blocks; one of each. ValueError when there is none, or two."""
     found = [r for r in map(routers.load, args.routers) if r.kind in kinds]
+    each = [(r.kind, r.settings["skip"]) for r in found]
+    if len(set(each)) < len(each):
+        raise ValueError(f"--routers has two of one kind and number of skipped blocks ({max(each, key=each.count)}); give one of each")
     for router in found:
         router.check(model)
         router.to(model.embed.weight.device)
@@ -50,6 +52,12 @@ def lost(row, full, key="nats"):
     return f"{row[key] - full[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def made(there, policy):
+    """How the gates and DASH were trained, for a caption."""
+    how = sorted({f"{r.settings['steps']} steps on {r.settings['data']}" for r in there})
+    return f"Gates trained for {' or '.join(how)}" + (f", DASH on {policy.settings['data']}." if policy else ".")
+
+
 def public(rows):
     return [{k: v for k, v in r.items() if k != "raw"} for r in rows]
 
@@ -62,8 +70,8 @@ def public(rows):
 def controllers(args):
     """Thresholds are set, as prices are in `frontier`, for the asked number on the text itself: what is compared is the choice alone."""
     task = args.task or ("wikitext2" if args.data_dir else "lm")
-    model, _, [policy, *_], known, examples = at_hand(args, task, 4, policy_path(args, task), needed=False)
-    there, L = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L
+    model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
+    there, L, examples = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L, pieces(examples)
     baselines.observe(known, model)
     budgets, fill = sorted({r.settings["skip"] for r in there}), float(known.costs[0])
     about, contenders = [], []
@@ -93,16 +101,17 @@ def controllers(args):
         axes.plot(*zip(*points), marker="o", label=method)
     axes.set(xlabel="blocks skipped a token", ylabel="nats lost", title=f"Skip controllers, {task}")
     axes.legend()
-    trained = "; ".join(sorted({f"{r.settings['steps']} steps on {r.settings['data']}" for r in there}))
-    caption = f"{task}, test, n = {len(examples)}; controllers trained for {trained}. {'; '.join(said)}."
+    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
+               f"prices are set on this text. {'; '.join(said)}.")
     publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=public(rows))
 
 
 @torch.no_grad()
 def kv(args):
     task = args.task or ("wikitext2" if args.data_dir else "lm")
-    model, _, [policy, *_], known, examples = at_hand(args, task, 4, policy_path(args, task), needed=False)
-    contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in gates(args, model, "flexidepth")}
+    model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
+    there, examples = gates(args, model, "flexidepth"), pieces(examples)
+    contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
         contenders |= {f"dash, states 0 and 4, {s:g}x": p for s, p in
                        zip((1.15, 1.33), variant(policy, model, examples, (1.15, 1.33), allowed=(0, 4)))}
@@ -119,7 +128,8 @@ def kv(args):
     axes.set_xticks([i + 0.2 for i in range(len(contenders))], contenders)
     axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task}")
     axes.legend()
-    caption = f"{task}, test, n = {len(examples)}. All tokens run: {full['nats']:.4f} nats."
+    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
+               f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
     publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=public(rows))
 
 
@@ -127,26 +137,29 @@ def kv(args):
 # depth
 
 
-def requests(passages, n, seed):
-    """n prompts of each kind from so many passages: {kind: [text]}. Lists have 5 to 10 integers between 10 and 99, as theirs."""
+def requests(passages, seed):
+    """As many prompts of each kind as there are passages: {kind: [text]}. Lists have 5 to 10 integers between 10 and 99, as theirs."""
     draw = random.Random(seed)
-    lists = [" ".join(str(draw.randint(10, 99)) for _ in range(draw.randint(5, 10))) for _ in range(n)]
+    lists = [" ".join(str(draw.randint(10, 99)) for _ in range(draw.randint(5, 10))) for _ in passages]
     asks = {"copy": "Copy this text word for word.\n\n", "summarise": "Summarize this text in one sentence.\n\n",
             "continue": "Continue this text.\n\n"}
     sums = {"repeat": "Repeat this list of numbers: ", "add": "Add up this list of numbers: ",
             "multiply": "Multiply the numbers in this list: "}
-    return {k: [ask + p for p in passages[:n]] for k, ask in asks.items()} | {k: [ask + one for one in lists] for k, ask in sums.items()}
+    return {k: [ask + p for p in passages] for k, ask in asks.items()} | {k: [ask + one for one in lists] for k, ask in sums.items()}
 
 
 @torch.no_grad()
 def depth(args):
     task = args.task or ("wikitext2" if args.data_dir else "lm")
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
-    text, n = load_text("pydocs" if task == "lm" else task, "test", args.data_dir), args.limit or (50 if args.full else 4)
-    asked = requests([tokenizer.decode(row) for row in windows(tokenizer, text, n, 96, task, spread=True)], n, args.seed)
-    contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in gates(args, model, "flexidepth")}
+    if task not in TEXTS:
+        raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
+    text = load_text(args.file, None) if args.file else load_text("pydocs" if task == "lm" else task, "test", args.data_dir)
+    passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
+    asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
+    contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
-        contenders |= {f"dash, {s:g}x": copy.copy(policy).at(s) for s in (2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]}
+        contenders |= zip(("dash, 2.67x", "dash, 4x"), variant(policy, model, text_examples(known.samples[:8]), (2.67, 4.0)))
     rows = []
     for name, routed in contenders.items():
         costs, half = bit_costs(model.config, routed), len(routed.scale) // known.L
@@ -156,9 +169,9 @@ def depth(args):
             if not states.shape[1]:
                 raise ValueError(f"{name} answers every request to {kind} with nothing; give more requests by --limit")
             blocks = (states[::half] > 0).sum(0).float()  # of whole blocks; a half counts as its attention
-            cost = torch.tensor([4 / speedup_bits(one[:, None], costs) for one in states.T])
-            mean_and_variance = lambda t: (t.mean().item(), t.var(correction=0).item())
-            rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": mean_and_variance(blocks), "cost": mean_and_variance(cost)})
+            cost = torch.tensor([mean_cost(one[:, None], costs) for one in states.T])
+            both = lambda t: (t.mean().item(), t.var(correction=0).item())
+            rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": both(blocks), "cost": both(cost)})
     cell = lambda r: "{:.2f}, {:.2f}; {:.2f}, {:.3f}".format(*r["blocks"], *r["cost"])
     cells = [[kind, *(cell(r) for r in rows if r["kind"] == kind)] for kind in asked]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -169,8 +182,8 @@ def depth(args):
         axes.set_xticks(range(len(asked)), asked)
         axes.set(ylabel=f"{what}: mean, deviation of tokens")
     axes.legend(fontsize="small")
-    caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of 96 tokens of {task}. Each cell: blocks run a new token, "
-               "their variance; cost a block in units of 4 bits a weight, its variance.")
+    caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of 96 tokens of {task}. Each cell: "
+               f"blocks run a new token, their variance; cost a block in units of 4 bits a weight, its variance. {made(there, policy)}")
     publish(args, "depth", model, figure, caption=caption, markdown=format_table(["", *contenders], cells), rows=rows)
 
 
@@ -221,18 +234,26 @@ def laco(model, samples, n):
 
 @torch.no_grad()
 def retain(args):
-    tasks = [args.task] if args.task else [t for t in TASKS if t != "mmlu_5shot" and args.data_dir and (Path(args.data_dir) / t).is_dir()] or ["lm"]
+    tasks = [args.task] if args.task else folders(args, [t for t in TASKS if t != "mmlu_5shot"])
+    text_of = lambda task, split: load_text("pydocs" if task == "lm" else task, split, args.data_dir)
+    for task in tasks:  # something is missing: say so before an hour's work
+        rouge() if task == "cnn_dm" else None
+        text_of(task, "train"), text_of(task, "test")
     rows, short, n_of = [], {}, {}
     for task in tasks:
-        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if task in TEXTS else 16, policy_path(args, task), needed=False)
+        default = 2 if task in TEXTS else 16
+        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, policy_path(args, task), needed=False)
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
-        if policy:  # the same price for every task
-            calibrate_prices(policy, model, text_examples(known.samples[:8]), [L / (L - n) for n in asked], [4 * (L - n) / L for n in asked])
+        if policy:
+            long = windows(tokenizer, text_of(task, "train"), 2, min(WINDOW, model.config.block_size), task, spread=True)
+            dash = dict(zip(asked, variant(policy, model, text_examples(long.to(known.samples.device)), [L / (L - n) for n in asked])))
         metric = "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
         if task == "cnn_dm":
             examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else 2)]
+        else:
+            examples = pieces(examples)
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
         about, contenders = [("full model", 0)], [None]
         for n in asked:
@@ -243,10 +264,12 @@ def retain(args):
                 contenders.append(r)
             if policy:
                 about.append(("DASH", n))
-                contenders.append(copy.copy(policy).at(L / (L - n)))
+                contenders.append(dash[n])
         found = measure(model, contenders)
         for n in asked:
-            short[n] = short.get(n) or laco(model, known.samples[:2, :128], n)
+            if n not in short:
+                pydocs = windows(tokenizer, load_text("pydocs", "train"), 2, 128, spread=True)
+                short[n] = laco(model, pydocs.to(known.samples.device), n)
             about.append(("LaCo", n))
             found += [r | {"speedup": L / (L - n)} for r in measure(short[n], [None])]
         key, statistic = METRICS[metric]
@@ -257,7 +280,8 @@ def retain(args):
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
-                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(lambda v: worth(v) / whole, r["each"][key])}
+                paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else 1 + (a - b).mean(1) / whole
+                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], found[0]["each"][key])}
     figure = Figure(figsize=(4 * len(tasks), 3.8), layout="constrained")
     methods = dict.fromkeys(r["method"] for r in rows if r["skipped"])
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
@@ -267,14 +291,18 @@ def retain(args):
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
         axes.set(title=f"{task}, n = {n_of[task]}", xlabel="speedup in bits", ylabel="% of the full model")
     axes.legend(fontsize="x-small")
-    cells = []
+    of, cells = {(r["method"], r["skipped"], r["task"]): r for r in rows}, []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
-        of = [r for r in rows if (r["method"], r["skipped"]) == (method, n)]
-        share = lambda r: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (r["retained"], *r["interval"]))) if "retained" in r else "-"
-        kept = [r["retained"] for r in of if "retained" in r]
-        cells.append([f"{method}, {n}", *(f"{share(r)} ({r['speedup']:.2f}x)" for r in of), f"{100 * sum(kept) / max(1, len(kept)):.0f}"] if n else
-                     ["full model, value", *(f"{r['value']:.4g}" for r in of), ""])
-    counts = ", ".join(f"{t} {n_of[t]}" for t in tasks)
-    caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {' and '.join(map(str, asked))} of {L} blocks skipped [95% interval of the "
-               f"method's score] (speedup in bits); n: {counts}. MindSkip skips attention only. DASH is priced for ShortGPT's cost.")
-    publish(args, "retain", model, figure, caption=caption, markdown=format_table(["method, blocks skipped", *tasks, "mean"], cells), rows=rows)
+        line, cell = [of.get((method, n, t)) for t in tasks], lambda r: f"{r['value']:.4g}"
+        if n:
+            percent = lambda r: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (r["retained"], *r["interval"])))
+            cell = lambda r: f"{percent(r) if 'retained' in r else '-'} ({r['speedup']:.2f}x)"
+        kept = [r["retained"] for r in line if n and r and "retained" in r]
+        cells.append([f"{method}, {n}" if n else "full model, value", *(cell(r) if r else "" for r in line),
+                      f"{100 * sum(kept) / len(kept):.0f}" if kept else ""])
+    counts, numbers = ", ".join(f"{t} {n_of[t]}" for t in tasks), " and ".join(map(str, asked))
+    caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {numbers} of {L} blocks skipped [95% "
+               f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
+               f"ShortGPT's cost on training text. {made(there, policy)}")
+    markdown = format_table(["method, blocks skipped", *tasks, "mean"], cells)
+    publish(args, "retain", model, figure, caption=caption, markdown=markdown, rows=rows)

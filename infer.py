@@ -334,7 +334,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     step_s = statistics.median(seconds[1:] or seconds)
     return {"text": tokenizer.decode_bytes(new).decode("utf-8", "replace"), "tokens": new, "prompt_tokens": len(ids),
             "states": torch.cat(ran, 1),
-            "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(L, 0, dtype=torch.uint8),
+            "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(len(states), 0, dtype=torch.uint8),
             "first_token_s": seconds[0], "step_s": step_s, "tokens_per_second": 1 / step_s}
 
 

@@ -92,9 +92,11 @@ def decode(model, ids, tau, n, late):
     if not ids or n < 2 or P + n > model.config.block_size:
         raise ValueError(f"{P} tokens and {n} new ones: give at least 1 and 2, together at most the context of {model.config.block_size}")
     tokens, cache = torch.tensor([*ids, *[0] * n], device=model.embed.weight.device), KVCache(model, 1, P + n)
+    wait = torch.cuda.synchronize if tokens.is_cuda else lambda: None
     filled, passes, rows, logits = 0, 0, 0, []
     for t in range(P - 1, P + n - 1):
         if t == P:
+            wait()
             began, passes, rows = time.perf_counter(), 0, 0
         start = 0 if t < P else t
         x = model.embed(tokens[start : t + 1])
@@ -109,7 +111,9 @@ def decode(model, ids, tau, n, late):
         x = run(model.blocks[-late:], x, 1, model.rope(start, len(x)), cache, L - late)
         logits.append(model.logits(model.norm(x[-1:]))[0])
         tokens[t + 1] = logits[-1].argmax()
-    return {"tokens": tokens[P:].tolist(), "logits": torch.stack(logits), "tokens_per_second": (n - 1) / (time.perf_counter() - began),
+    wait()
+    seconds = time.perf_counter() - began
+    return {"tokens": tokens[P:].tolist(), "logits": torch.stack(logits), "tokens_per_second": (n - 1) / seconds,
             "passes": passes / (n - 1), "token_blocks": rows / (n - 1)}
 
 
@@ -200,6 +204,8 @@ def chart(rows):
 def multitoken(args):
     """args: model, data_dir, steps, limit (test windows), rounds, out (folder of checkpoints), resume, results, seed, device."""
     task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least 1")
     text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
     model, tokenizer = load(args.model, device, torch.float32)
     size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)

@@ -30,7 +30,7 @@ import baselines
 from baselines import bootstrap
 from common import format_table
 from data import load_articles, outcomes, text_examples
-from evaluate import ASKED, SUMMARY, TEXTS, at_hand, make_policy, policy_path, publish, rouge, summaries, summary_prompt
+from evaluate import ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, policy_path, publish, rouge, summaries, summary_prompt
 from infer import generate
 from policy import Fixed, bit_costs, mean_cost
 
@@ -96,7 +96,7 @@ def hidden(args):
     found = distances(model, examples, [p for n in counts for p in skipping(known, n)]).view(len(counts), len(WAYS), -1)
     kept, gaps = [100 * (L - n) / L for n in counts], [exit - uniform for uniform, exit, _ in found[1:]]
     closer, surely = sum(g.mean().item() > 0 for g in gaps), sum(interval(g)[0] > 0 for g in gaps)
-    holds = "holds" if surely == len(gaps) else "holds in part" if closer else "does not hold"
+    holds = "holds" if gaps and surely == len(gaps) else "holds in part" if closer else "does not hold"
     said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} "
             f"of them by more than the 95% interval: that skipping beats exiting {holds} here.")
     tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *(spread(v, 1, ".4f") for v in three)] for k, three in zip(kept, found)])]
@@ -187,7 +187,7 @@ def saved(cost, change):
 @torch.no_grad()
 def oracle(args):
     """On --task, or with --data-dir on three tasks, or on held-out pydocs; each is published as it ends."""
-    tasks = [args.task] if args.task else ["wikitext2", "arc_easy", "cnn_dm"] if args.data_dir else ["lm"]
+    tasks = [args.task] if args.task else folders(args, ["wikitext2", "arc_easy", "cnn_dm"])
     if "cnn_dm" in tasks:
         rouge()  # not installed: say so before an hour's work
     for task in tasks:

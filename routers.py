@@ -21,10 +21,10 @@ Ours, for a budget of tens of steps: the papers add a price for every gate that 
 skipped. Such a price pushes all logits down alike. Here that push is made directly: all logits are compared with one threshold, which
 follows the number of closed gates while training, and is set once more on training text in the end. (A price that follows the count swung
 between 0 and 10 skipped blocks in 80 steps.) And gates start at the static choice, those of the most similar blocks closed, the adapter at
-zero (`begin`): from all gates open, 60 steps came to 2.8 nats lost where the static choice loses 0.7. FlexiDepth's release starts at random
-values. Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips attention fills its keys and values, in
-INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for every token, so
-there they are from the plain weights too).
+zero (`begin`): from all gates open, 60 steps came to 2.8 nats lost where the static choice loses 0.7. FlexiDepth's release starts at
+random values. Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips attention fills its keys and
+values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for
+every token, so there they are from the plain weights too).
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -45,7 +45,7 @@ from policy import Policy
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
 BATCH = 2  # examples a step
-LR, LR_BIAS = {"flexidepth": 3e-4}, 0.03  # Adam's rates of the routers, else 1e-3, as the adapters'; how open a gate is, its last bias, moves fast
+LR, LR_BIAS = {"flexidepth": 3e-4}, 0.03  # Adam's rates: routers, if not 1e-3 as adapters; the last bias, how open a gate is, moves fast
 ALPHA, PACE = 1e-3, 0.1  # FlexiDepth's, as its paper has it; of the threshold, for every gate too few that a step closes
 
 
@@ -149,13 +149,15 @@ def load(path):
     tensors, meta = read_safetensors(path)
     try:
         kind, size = meta["router"], [int(n) for n in meta["size"]]
-        if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 4 <= size[0] <= 1000:
+        if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 2 <= size[0] <= 1000:
             raise ValueError("values out of range")
         with torch.device("meta"):
             policy = Router(kind, *size, meta["fingerprint"], meta["settings"])
         policy.gates.load_state_dict({k: t.float() for k, t in tensors.items()}, assign=True)
         policy.gates.requires_grad_(False)
         policy.threshold = float(meta["threshold"])
+        if not all(type(policy.settings[key]) is kind for key, kind in (("skip", int), ("steps", int), ("data", str))):
+            raise ValueError("settings of the wrong kind")
         if not math.isfinite(policy.threshold) or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("a value is not finite")
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:

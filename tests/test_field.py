@@ -69,13 +69,13 @@ def test_laco_merges_what_does_nothing_first(made):
 
 
 def test_requests_are_as_theirs():
-    asked = field.requests(["a text"] * 5, 5, 0)
+    asked = field.requests(["a text"] * 5, 0)
     assert list(asked) == ["copy", "summarise", "continue", "repeat", "add", "multiply"] and all(len(v) == 5 for v in asked.values())
     for kind in ("repeat", "add", "multiply"):
         for text in asked[kind]:
             numbers = [int(w) for w in text.split(": ")[1].split()]
             assert 5 <= len(numbers) <= 10 and all(10 <= n <= 99 for n in numbers)
-    assert asked == field.requests(["a text"] * 5, 5, 0) != field.requests(["a text"] * 5, 5, 1)
+    assert asked == field.requests(["a text"] * 5, 0) != field.requests(["a text"] * 5, 1)
 
 
 @pytest.fixture(scope="module")
