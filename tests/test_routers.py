@@ -22,7 +22,7 @@ def router_for(model, kind, seed=0, std=0.3):
     """Gates of random weights, so that all of them sometimes run and sometimes skip."""
     torch.manual_seed(seed)
     c = model.config
-    policy = routers.Router(kind, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint())
+    policy = routers.Router(kind, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint(), {"skip": 1, "steps": 1, "data": "a text"})
     for p in policy.gates.parameters():
         torch.nn.init.normal_(p, std=std)
     return policy
