@@ -326,8 +326,20 @@ def compare(model, examples, policies):
 def bootstrap(statistic, *values, draws=2000):
     """95% bootstrap interval over examples: paired lists (n,) -> (low, high) of statistic(tensors (draws, n))."""
     pick = torch.randint(len(values[0]), (draws, len(values[0])), generator=torch.Generator().manual_seed(0))
-    found = statistic(*(torch.tensor(v)[pick] for v in values))
+    found = statistic(*(torch.as_tensor(v)[pick] for v in values))
     return found.quantile(0.025).item(), found.quantile(0.975).item()
+
+
+def interval(values, base=None, draws=2000):
+    """95% interval of the mean of values (n,), or of their mean paired difference to base (n,): (low, high)."""
+    if base is None:
+        return bootstrap(lambda v: v.mean(1), values, draws=draws)
+    return bootstrap(lambda a, b: (a - b).mean(1), values, base, draws=draws)
+
+
+def public(row):
+    """What of a row of `compare` goes into results/: all but the states of every token."""
+    return {k: v for k, v in row.items() if k != "raw"}
 
 
 def comparison_table(names, rows, choice=False):
@@ -335,7 +347,7 @@ def comparison_table(names, rows, choice=False):
     key, unit, digits = ("accuracy", 100, 1) if choice else ("nats", 1, 4)
     cells = []
     for name, r in zip(names, rows):
-        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], rows[0]["each"][key])
+        low, high = interval(r["each"][key], rows[0]["each"][key])
         change = f"{unit * (r[key] - rows[0][key]):+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
         cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change if r is not rows[0] else "", f"{r['kl']:.4f}",
                       f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare
+from baselines import bootstrap, compare, public
 from common import pick_device, save_figure, save_result
 from data import load_articles, load_examples, load_text, text_examples, windows
 from infer import generate
@@ -59,6 +59,16 @@ def folders(args, tasks):
     if not found:
         raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
     return found
+
+
+def one_text(args):
+    """The task of a command that measures one: --task, or wikitext2 where --data-dir has texts, or held-out pydocs."""
+    return args.task or ("wikitext2" if args.data_dir else "lm")
+
+
+def some_articles(args, default):
+    """Articles of cnn_dm, test: --limit, all with --full, or the default number."""
+    return load_articles("cnn_dm", "test", args.data_dir)[: args.limit or (None if args.full else default)]
 
 
 def known_of(model, policy, seed):
@@ -153,6 +163,10 @@ METRICS = {"perplexity": ("nats", lambda v: v.mean(-1).exp()), "accuracy": ("acc
            "Rouge-L": ("rougeL", lambda v: v.mean(-1))}  # name: what of an example, and how it is summed up
 
 
+def metric_of(task):
+    return "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+
+
 def at_hand(args, task, default, path, needed=True):
     """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
     test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
@@ -185,7 +199,7 @@ def rank(args, task, asked, default, timed=True):
     """
     if task == "cnn_dm":
         rouge()
-    path, metric = policy_path(args, task), "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+    path, metric = policy_path(args, task), metric_of(task)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
     rows, policies = [{"method": "full model", "target": 1.0}], [None]
     for method, speedup in asked:
@@ -204,11 +218,11 @@ def rank(args, task, asked, default, timed=True):
         model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
         model.quantize(real=True, int4=int4)
     if task == "cnn_dm":
-        examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else default)]
+        examples = some_articles(args, default)
         found = summaries(model, tokenizer, examples, policies)
     key, statistic = METRICS[metric]
     for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
-        row |= {k: v for k, v in new.items() if k != "raw"}
+        row |= public(new)
         each = row["each"][key]
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
         if timed:

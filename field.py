@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 import baselines
 import routers
-from baselines import bootstrap, compare
+from baselines import bootstrap, compare, interval, public
 from common import format_table
-from data import load_articles, load_text, text_examples, windows
-from evaluate import METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, policy_path, publish, rouge, summaries, variant, with_kv
+from data import load_text, text_examples, windows
+from evaluate import (METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles,
+                      summaries, variant, with_kv)
 from infer import generate
 from oracle import pieces
 from policy import bit_costs, mean_cost
@@ -48,7 +49,7 @@ def gates(args, model, *kinds):
 
 def lost(row, full, key="nats"):
     """What a row of `compare` lost against the full model's, with its 95% interval over examples, as text."""
-    low, high = bootstrap(lambda a, b: (a - b).mean(1), row["each"][key], full["each"][key])
+    low, high = interval(row["each"][key], full["each"][key])
     return f"{row[key] - full[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -58,10 +59,6 @@ def made(there, policy):
     return f"Gates trained for {' or '.join(how)}" + (f", DASH on {policy.settings['data']}." if policy else ".")
 
 
-def public(rows):
-    return [{k: v for k, v in r.items() if k != "raw"} for r in rows]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # controllers, kv
 
@@ -69,7 +66,7 @@ def public(rows):
 @torch.no_grad()
 def controllers(args):
     """Thresholds are set, as prices are in `frontier`, for the asked number on the text itself: what is compared is the choice alone."""
-    task = args.task or ("wikitext2" if args.data_dir else "lm")
+    task = one_text(args)
     model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
     there, L, examples = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L, pieces(examples)
     baselines.observe(known, model)
@@ -103,12 +100,12 @@ def controllers(args):
     axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
                f"prices are set on this text. {'; '.join(said)}.")
-    publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=public(rows))
+    publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=[public(r) for r in rows])
 
 
 @torch.no_grad()
 def kv(args):
-    task = args.task or ("wikitext2" if args.data_dir else "lm")
+    task = one_text(args)
     model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
     there, examples = gates(args, model, "flexidepth"), pieces(examples)
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
@@ -130,7 +127,7 @@ def kv(args):
     axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
                f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
-    publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=public(rows))
+    publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=[public(r) for r in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -150,7 +147,7 @@ def requests(passages, seed):
 
 @torch.no_grad()
 def depth(args):
-    task = args.task or ("wikitext2" if args.data_dir else "lm")
+    task = one_text(args)
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
     if task not in TEXTS:
         raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
@@ -249,9 +246,9 @@ def retain(args):
         if policy:
             long = windows(tokenizer, text_of(task, "train"), 2, min(WINDOW, model.config.block_size), task, spread=True)
             dash = dict(zip(asked, variant(policy, model, text_examples(long.to(known.samples.device)), [L / (L - n) for n in asked])))
-        metric = "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
+        metric = metric_of(task)
         if task == "cnn_dm":
-            examples = load_articles(task, "test", args.data_dir)[: args.limit or (None if args.full else 2)]
+            examples = some_articles(args, 2)
         else:
             examples = pieces(examples)
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
@@ -275,7 +272,7 @@ def retain(args):
         key, statistic = METRICS[metric]
         worth = lambda each: 1 / statistic(each) if metric == "perplexity" else statistic(each)
         whole, n_of[task] = worth(torch.tensor(found[0]["each"][key], dtype=torch.float64)), len(examples)
-        for (method, n), r in zip(about, public(found)):
+        for (method, n), r in zip(about, found):
             each = torch.tensor(r["each"][key], dtype=torch.float64)
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})

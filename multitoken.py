@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from baselines import bootstrap
+from baselines import interval
 from common import Checkpoint, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import publish
@@ -216,7 +216,7 @@ def multitoken(args):
     rows, figure = experiment(model, tokenizer, train, test, checkpoint, steps=args.steps, rounds=args.rounds)
     cells, places = [], lambda nats: " ".join(f"{v:.3f}" for v in nats)
     for r in rows:
-        low, high = bootstrap(lambda a, b: (a - b).mean(1), *(torch.tensor(x["each"]).mean(0).tolist() for x in (r, rows[0])))
+        low, high = interval(*(torch.tensor(x["each"]).mean(0) for x in (r, rows[0])))
         mean = sum(r["after"]) / r["tau"] - rows[0]["after"][0]
         cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{r['faster']:.2f}x",
                       f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])

@@ -27,10 +27,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap
+from baselines import interval
 from common import format_table
-from data import load_articles, outcomes, text_examples
-from evaluate import ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, policy_path, publish, rouge, summaries, summary_prompt
+from data import outcomes, text_examples
+from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
+                      summary_prompt)
 from infer import generate
 from policy import Fixed, bit_costs, mean_cost
 
@@ -43,15 +44,6 @@ def pieces(examples):
         return examples
     size = min(PIECE, examples[0].rows.shape[1])
     return text_examples(torch.cat([row for e in examples for row in e.rows.split(size, 1) if row.shape[1] == size]))
-
-
-def some_articles(args, default):
-    return load_articles("cnn_dm", "test", args.data_dir)[: args.limit or (None if args.full else default)]
-
-
-def interval(values):
-    """95% interval of the mean of values (n,)."""
-    return bootstrap(lambda v: v.mean(1), values.tolist())
 
 
 def spread(values, unit=1, form=".1f"):
@@ -86,7 +78,7 @@ def distances(model, examples, policies):
 @torch.no_grad()
 def hidden(args):
     """Distance against the share of blocks kept; Rouge-L against cost, where --data-dir has cnn_dm and --task names no other."""
-    task, articles = args.task or ("wikitext2" if args.data_dir else "lm"), []
+    task, articles = one_text(args), []
     if args.task in (None, "cnn_dm") and args.data_dir and (Path(args.data_dir) / "cnn_dm").is_dir():
         articles = some_articles(args, 3)
         rouge()  # not installed: say so before an hour's work

@@ -215,7 +215,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
 @torch.no_grad()
 def calibrate(policy, model, examples, skip, rounds=4):
     """Set the threshold at which `skip` gates a token are closed on examples. What earlier gates close changes what later ones see, so
-    the threshold is found in rounds, each the right one for the logits that the round before it gave rise to."""
+    the threshold is found in rounds: each goes halfway to the right one for the logits that the round before it gave rise to."""
     for n in range(rounds):
         logits = []
         for example in tqdm(examples, desc="threshold", leave=False):

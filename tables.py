@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare
+from baselines import bootstrap, compare, interval, public
 from common import format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, name_of, policy_path, publish, rank, variant
@@ -142,7 +142,7 @@ def frontier(args):
         for p in policies:  # the price is set just before each window
             contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
             about.append((name_of(p), speedup))
-    rows = [{"method": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+    rows = [{"method": name, "target": s} | public(r)
             for (name, s), r in zip(about, compare(model, examples, contenders))]
     policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
@@ -239,11 +239,11 @@ def ablation(args):
     table |= {name_of(p): of(p) for p in policies[1:]}
     full, *found = compare(model, examples, [None, *(p for row in table.values() for p in row)])
     key, unit = ("accuracy", 100) if choice else ("nats", 1)
-    rows = [{"name": name, "target": s} | {k: v for k, v in r.items() if k != "raw"}
+    rows = [{"name": name, "target": s} | public(r)
             for (name, s), r in zip([(name, s) for name in table for s in ASKED], found)]
 
     def cell(r):
-        low, high = bootstrap(lambda a, b: (a - b).mean(1), r["each"][key], full["each"][key])
+        low, high = interval(r["each"][key], full["each"][key])
         return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
 
     few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
@@ -295,7 +295,7 @@ def figure1(args, model, known, h, similarity, items, what):
     pairs = torch.stack([(unit * one).sum(-1).mean(1) for one in unit]).cpu()
     counts = range(min(9, L - 1))
     each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
-    right, spans = [sum(e) / len(e) for e in each], [bootstrap(lambda v: v.mean(1), e) for e in each]
+    right, spans = [sum(e) / len(e) for e in each], [interval(e) for e in each]
     figure, blocks = Figure(figsize=(15, 4), layout="constrained"), range(1, L + 1)
     a, b, c = figure.subplots(1, 3)
     a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
@@ -327,7 +327,7 @@ def figure2(args, model, known, rows, similarity, what):
         here = of_tokens[:, kind == k]
         if here.shape[1]:
             axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
-            low, high = bootstrap(lambda v: v.mean(1), here[skipped].mean(0).tolist(), draws=500)
+            low, high = interval(here[skipped].mean(0), draws=500)
             cells.append([name, here.shape[1], f"{here.mean():.4f}", f"{here[skipped].mean():.4f} [{low:.4f}, {high:.4f}]"])
     axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
     axes.legend()
@@ -388,7 +388,7 @@ def transfer(args):
             model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
             full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
             key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
-            found[trained][tested] = {"kl": row["kl"], "interval": bootstrap(lambda v: v.mean(1), row["each"]["kl"]),
+            found[trained][tested] = {"kl": row["kl"], "interval": interval(row["each"]["kl"]),
                                       "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
             sizes[tested] = len(examples)
         cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"

@@ -37,7 +37,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import routers
-from baselines import Known, by_similarity, compare, comparison_table, observe, without
+from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
 from common import Checkpoint, Parser, command_line, lock_folder, pick_device, save_figure, save_result, write_whole
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load
@@ -649,7 +649,7 @@ def report(out, names, rows, states, test, args, device, model, settings, began,
     caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
     save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, seconds=seconds, tokens=tokens,
                 settings=settings,
-                rows=[{"name": name} | {k: v for k, v in row.items() if k != "raw"} for name, row in zip(names, rows)])
+                rows=[{"name": name} | public(row) for name, row in zip(names, rows)])
     print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
