@@ -119,7 +119,7 @@ def test_speed_measures_and_latency_training_uses_it(tiny, some_text, tmp_path):
     policy = random_policy(load(str(tiny))[0], 0)
     policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"horizon": 1}
     policy.save(tmp_path / "p.safetensors")
-    done = script("bench.py", "speed", "--model", tiny, "--policy", tmp_path / "p.safetensors", "--rounds", 1, cwd=tmp_path)
+    done = script("bench.py", "speed", "--model", tiny, "--policy", tmp_path / "p.safetensors", "--rounds", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results" / "speed-cpu.json").exists() and (tmp_path / "results" / "speed-cpu.png").exists()
     done = script("train.py", "--model", tiny, "--data", some_text, "--out", "o", "--cost", "latency", "--steps", 2, "--speedup", 1.2, cwd=tmp_path)
