@@ -326,7 +326,7 @@ def compare(model, examples, policies):
 def bootstrap(statistic, *values, draws=2000):
     """95% bootstrap interval over examples: paired lists (n,) -> (low, high) of statistic(tensors (draws, n))."""
     pick = torch.randint(len(values[0]), (draws, len(values[0])), generator=torch.Generator().manual_seed(0))
-    found = statistic(*(torch.as_tensor(v)[pick] for v in values))
+    found = statistic(*(torch.as_tensor(v, dtype=torch.float64)[pick] for v in values))  # a list of whole numbers too
     return found.quantile(0.025).item(), found.quantile(0.975).item()
 
 

@@ -24,7 +24,7 @@ import baselines
 import routers
 from baselines import bootstrap, compare, interval, public
 from common import format_table
-from data import load_text, text_examples, windows
+from data import load_examples, load_text, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles,
                       summaries, variant, with_kv)
 from infer import generate
@@ -122,7 +122,7 @@ def kv(args):
     for n, mode in enumerate(("fill", "none")):
         height = [r["nats"] - full["nats"] for r in rows if r["kv"] == mode]
         axes.bar([i + 0.4 * n for i in range(len(height))], height, 0.4, label=mode)
-    axes.set_xticks([i + 0.2 for i in range(len(contenders))], contenders)
+    axes.set_xticks([i + 0.2 for i in range(len(contenders))], [name.replace(", ", "\n", 1) for name in contenders])
     axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task}")
     axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
@@ -244,8 +244,11 @@ def retain(args):
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
         if policy:
-            long = windows(tokenizer, text_of(task, "train"), 2, min(WINDOW, model.config.block_size), task, spread=True)
-            dash = dict(zip(asked, variant(policy, model, text_examples(long.to(known.samples.device)), [L / (L - n) for n in asked])))
+            # priced on training examples like the test's: at one price short texts cost more than long ones
+            like = load_examples("pydocs" if task == "lm" else task, "train", tokenizer, 2 * default, min(WINDOW, model.config.block_size),
+                                 args.data_dir, known.samples.device, spread=True)
+            like = like if task == "cnn_dm" else pieces(like)
+            dash = dict(zip(asked, variant(policy, model, like, [L / (L - n) for n in asked])))
         metric = metric_of(task)
         if task == "cnn_dm":
             examples = some_articles(args, 2)
