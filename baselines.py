@@ -59,33 +59,20 @@ class Known:
     measure: object = None  # states (L,) -> KL on training text
 
 
-def full(known, speedup):
-    return Fixed([4] * known.L)
-
-
-def int8(known, speedup):
-    return Fixed([4] + [2] * (known.L - 1))
-
-
-def int4(known, speedup):
-    return Fixed([4] + [1] * (known.L - 1))
+full, int8, int4 = (lambda known, speedup, state=state: Fixed([4] + [state] * (known.L - 1)) for state in (4, 2, 1))
 
 
 @torch.no_grad()
 def observe(known, model):
     """Fill in `similarity`, `sublayers` and `ratio` from the full model on `samples`, the first token of each left out."""
-    tokens = known.samples
-    (B, T), x, rope, run = tokens.shape, model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1]), [(4, None)]
-    later = lambda t: t.view(B, T, -1)[:, 1:].flatten(0, 1).float()
+    later = lambda t: t.view(*known.samples.shape, -1)[:, 1:].flatten(0, 1).float()
     blocks, halves, ratio = [], [], []
-    for block in model.blocks:
-        middle = block.attention_half(x, B, run, 1.0, rope)
-        out = block.mlp_half(middle, run)
-        blocks.append(F.cosine_similarity(later(x), later(out)))
+    for layer in model.block_by_block(known.samples):
+        x, middle, out = map(later, layer)
+        blocks.append(F.cosine_similarity(x, out))
         for a, b in ((x, middle), (middle, out)):
-            halves.append(F.cosine_similarity(later(a), later(b)))
-            ratio.append((later(b).norm(dim=1) / later(a).norm(dim=1)).mean())
-        x = out
+            halves.append(F.cosine_similarity(a, b))
+            ratio.append((b.norm(dim=1) / a.norm(dim=1)).mean())
     known.similarity, known.sublayers, known.ratio = (torch.stack(t).cpu() for t in (blocks, halves, ratio))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -67,15 +68,20 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
-def read_safetensors(path):
-    """A safetensors file that we wrote -> (tensors, the JSON under its "dash" key). Errors name the path."""
+def write_safetensors(path, tensors, **meta):
+    """Write {name: tensor} whole or not at all, with JSON under the key "dash": one key, since the order of several is not fixed."""
+    write_whole(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"dash": json.dumps(meta)}))
+
+
+def read_safetensors(path, maker="python train.py"):
+    """What `write_safetensors` wrote -> (tensors, meta). Errors name the path, and the command that makes such a file."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with python train.py")
+        raise FileNotFoundError(f"{path} is missing; make it with {maker}")
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with python train.py") from None
+        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with {maker}") from None
 
 
 def read_json(path):
@@ -104,23 +110,24 @@ class Checkpoint:
                 raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
 
     def write(self, step, tensors, **more):
-        meta = {"step": step, "settings": self.settings, **more}
-        write_whole(self.path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"dash": json.dumps(meta)}))
+        write_safetensors(self.path, tensors, step=step, settings=self.settings, **more)
 
-    def save(self, step, parameters, optimizer, generator, **more):
-        """parameters: {name: tensor} that the optimizer trains."""
-        adam = {f"adam.{name}.{k}": v for name, p in parameters.items() for k, v in optimizer.state[p].items()}
-        self.write(step, parameters | adam | {"generator": generator.get_state()}, **more)
-
-    def restore(self, parameters, optimizer, generator):
-        """Put parameters, optimizer and generator back; returns the step to go on with, 0 for a fresh run."""
-        for name, p in parameters.items() if self.meta["step"] else ():
+    def steps(self, what, total, every, parameters, optimizer, generator, more=dict):
+        """The steps of a training that are left: yields (step, progress bar). Puts parameters, {name: tensor} that the optimizer trains,
+        optimizer and generator back before the first; writes them, and what `more` returns, after every so many and after the last."""
+        start = self.meta["step"]
+        for name, p in parameters.items() if start else ():
             prefix = f"adam.{name}."
             p.data.copy_(self.tensors[name])
             optimizer.state[p] = {k[len(prefix):]: v.to(p.device if v.dim() else "cpu") for k, v in self.tensors.items() if k.startswith(prefix)}
-        if self.meta["step"]:
+        if start:
             generator.set_state(self.tensors["generator"])
-        return self.meta["step"]
+        bar = tqdm(range(start, total), desc=what, initial=start, total=total)
+        for step in bar:
+            yield step, bar
+            if (step + 1) % every == 0 or step + 1 == total:
+                adam = {f"adam.{name}.{k}": v for name, p in parameters.items() for k, v in optimizer.state[p].items()}
+                self.write(step + 1, parameters | adam | {"generator": generator.get_state()}, **more())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -153,6 +160,14 @@ def device_name(device):
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def canvas(width, height, panels=1):
+    """An empty figure, so many inches wide and high, and its panels from left to right: (Figure, array of Axes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def save_figure(figure, path):

@@ -5,9 +5,6 @@
     rank         methods on a task: value, 95% interval, speedup in bits, measured speedup
     variant      a policy with something changed, priced anew
     publish      results/NAME.json and its picture
-
-Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU). Both run the
-same routed forward.
 """
 
 import copy

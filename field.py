@@ -17,13 +17,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
 import routers
 from baselines import bootstrap, compare, interval, public
-from common import format_table
+from common import canvas, format_table
 from data import load_examples, load_text, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles,
                       summaries, variant, with_kv)
@@ -71,29 +70,26 @@ def controllers(args):
     there, L, examples = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L, pieces(examples)
     baselines.observe(known, model)
     budgets, fill = sorted({r.settings["skip"] for r in there}), float(known.costs[0])
-    about, contenders = [], []
+    ways = []  # method, blocks, policy
     for n in budgets:
         speedup = 4 / (4 - n * (4 - fill) / L)  # of filled skips
-        about += [("most similar blocks", n), ("at random", n)]
-        contenders += [with_kv(baselines.without(known, baselines.by_similarity(known)[:n]), "fill"), baselines.random_skip(known, speedup)]
+        ways += [("most similar blocks", n, with_kv(baselines.without(known, baselines.by_similarity(known)[:n]), "fill")),
+                 ("at random", n, baselines.random_skip(known, speedup))]
         for router in (r for r in there if r.settings["skip"] == n):
             routers.calibrate(router, model, examples, n)
-            about.append((router.kind, n))
-            contenders.append(router)
+            ways.append((router.kind, n, router))
         if policy:
-            about.append(("dash, states 0 and 4", n))
-            contenders += variant(policy, model, examples, [speedup], allowed=(0, 4))
-    full, *rows = compare(model, examples, [None, *contenders])
-    rows = [r | {"method": m, "asked": n, "skipped": L * r["states"]["0"]} for (m, n), r in zip(about, rows)]
+            ways.append(("dash, states 0 and 4", n, *variant(policy, model, examples, [speedup], allowed=(0, 4))))
+    full, *rows = compare(model, examples, [None, *(p for *_, p in ways)])
+    rows = [r | {"method": m, "asked": n, "skipped": L * r["states"]["0"]} for (m, n, _), r in zip(ways, rows)]
     of = {(r["method"], r["asked"]): r for r in rows}
     cell = lambda r: f"{lost(r, full)}, {r['kl']:.3f} ({r['skipped']:.1f} skipped)" if r else ""
     markdown = format_table(["nats lost [95% interval], KL", *(f"{n} blocks" for n in budgets)],
-                            [[m, *(cell(of.get((m, n))) for n in budgets)] for m in dict.fromkeys(m for m, _ in about)])
+                            [[m, *(cell(of.get((m, n))) for n in budgets)] for m in dict.fromkeys(m for m, *_ in ways)])
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(m for m, _ in about):
+    figure, [axes] = canvas(7, 4)
+    for method in dict.fromkeys(m for m, *_ in ways):
         points = [(r["skipped"], r["nats"] - full["nats"]) for r in rows if r["method"] == method]
         axes.plot(*zip(*points), marker="o", label=method)
     axes.set(xlabel="blocks skipped a token", ylabel="nats lost", title=f"Skip controllers, {task}")
@@ -117,8 +113,7 @@ def kv(args):
     rows = [r | {"method": name, "kv": mode} for (name, mode, _), r in zip(ways, rows)]
     markdown = format_table(["nats lost [95% interval], KL (speedup in bits)", "filled, in INT4", "none"], [
         [name, *(f"{lost(r, full)}, {r['kl']:.3f} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)] for name in contenders])
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = canvas(7, 3.5)
     for n, mode in enumerate(("fill", "none")):
         height = [r["nats"] - full["nats"] for r in rows if r["kv"] == mode]
         axes.bar([i + 0.4 * n for i in range(len(height))], height, 0.4, label=mode)
@@ -171,8 +166,8 @@ def depth(args):
             rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": both(blocks), "cost": both(cost)})
     cell = lambda r: "{:.2f}, {:.2f}; {:.2f}, {:.3f}".format(*r["blocks"], *r["cost"])
     cells = [[kind, *(cell(r) for r in rows if r["kind"] == kind)] for kind in asked]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, key, what in zip(figure.subplots(1, 2), ("blocks", "cost"), (f"blocks run, of {known.L}", "cost a block, bits / 4")):
+    figure, panels = canvas(11, 4, 2)
+    for axes, key, what in zip(panels, ("blocks", "cost"), (f"blocks run, of {known.L}", "cost a block, bits / 4")):
         for n, name in enumerate(contenders):
             means, variances = zip(*[r[key] for r in rows if r["method"] == name])
             axes.errorbar([i + 0.15 * n for i in range(len(means))], means, [v**0.5 for v in variances], fmt="o", capsize=3, label=name)
@@ -255,36 +250,32 @@ def retain(args):
         else:
             examples = pieces(examples)
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
-        about, contenders = [("full model", 0)], [None]
+        ways = [("full model", 0, None)]  # method, blocks, policy
         for n in asked:
-            about += [("LayerSkip, early exit", n), ("ShortGPT", n)]
-            contenders += [baselines.early_exit(known, L / (L - n)), baselines.static_skip(known, L / (L - n))]
-            for r in (r for r in there if r.settings["skip"] == n):
-                about.append(({"flexidepth": "FlexiDepth", "mindskip": "MindSkip"}[r.kind], n))
-                contenders.append(r)
-            if policy:
-                about.append(("DASH", n))
-                contenders.append(dash[n])
-        found = measure(model, contenders)
+            ways += [("LayerSkip, early exit", n, baselines.early_exit(known, L / (L - n))),
+                     ("ShortGPT", n, baselines.static_skip(known, L / (L - n)))]
+            ways += [({"flexidepth": "FlexiDepth", "mindskip": "MindSkip"}[r.kind], n, r) for r in there if r.settings["skip"] == n]
+            ways += [("DASH", n, dash[n])] if policy else []
+        found = [(method, n, r) for (method, n, _), r in zip(ways, measure(model, [p for *_, p in ways]))]
         for n in asked:
             if n not in short:
                 pydocs = windows(tokenizer, load_text("pydocs", "train"), 2, 128, spread=True)
                 short[n] = laco(model, pydocs.to(known.samples.device), n)
-            about.append(("LaCo", n))
-            found += [r | {"speedup": L / (L - n)} for r in measure(short[n], [None])]
+            found += [("LaCo", n, r | {"speedup": L / (L - n)}) for r in measure(short[n], [None])]
         key, statistic = METRICS[metric]
         worth = lambda each: 1 / statistic(each) if metric == "perplexity" else statistic(each)
-        whole, n_of[task] = worth(torch.tensor(found[0]["each"][key], dtype=torch.float64)), len(examples)
-        for (method, n), r in zip(about, found):
+        full = found[0][2]["each"][key]
+        whole, n_of[task] = worth(torch.tensor(full, dtype=torch.float64)), len(examples)
+        for method, n, r in found:
             each = torch.tensor(r["each"][key], dtype=torch.float64)
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
                 paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else 1 + (a - b).mean(1) / whole
-                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], found[0]["each"][key])}
-    figure = Figure(figsize=(4 * len(tasks), 3.8), layout="constrained")
+                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], full)}
+    figure, panels = canvas(4 * len(tasks), 3.8, len(tasks))
     methods = dict.fromkeys(r["method"] for r in rows if r["skipped"])
-    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]):
+    for task, axes in zip(tasks, panels):
         for method in methods:
             points = [(r["speedup"], 100 * r["retained"]) for r in rows if (r["task"], r["method"]) == (task, method) and "retained" in r]
             axes.plot(*zip(*sorted(points)) if points else ([], []), marker="o", markersize=4, label=method)

@@ -15,10 +15,6 @@ token in that block (0 skip, 1 INT4, 2 INT8, 4 as loaded; policy.py) and the blo
 There is one such path, `Block.forward`, for training, evaluation and generation. Whether tokens come all at once or
 one by one through the cache, logits and decisions are the same (tests/test_routing.py). Its two halves can also be given
 states of their own: a policy with 2 L scales has 2 L rows of states, attention and MLP of each block in turn.
-
-    from model import load
-    model, tokenizer = load("smollm2", device="cpu", dtype=torch.float32)
-    logits = model(torch.tensor([tokenizer.encode("Hello")]))          # (1, T, vocab)
 """
 
 import hashlib
@@ -31,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import read_safetensors
 from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_codes, read_gguf, read_hf
 
@@ -309,6 +306,16 @@ class LLM(nn.Module):
             cache.length += T
         return self.norm(x).view(B, T, -1)
 
+    def block_by_block(self, tokens):
+        """The full model on tokens (B, T), block after block: yields each one's input, what its attention makes of it, and its output,
+        (B * T, C) each."""
+        x, rope, every = self.embed(tokens).flatten(0, 1), self.rope(0, tokens.shape[1]), [(4, None)]
+        for block in self.blocks:
+            middle = block.attention_half(x, len(tokens), every, 1.0, rope)
+            y = block.mlp_half(middle, every)
+            yield x, middle, y
+            x = y
+
     def forward(self, tokens, policy=None, cache=None):
         """tokens (B, T) int64 -> logits (B, T, vocab). See `hidden`."""
         return self.head(self.hidden(tokens, policy, cache))
@@ -389,19 +396,14 @@ def check_gpu(c, device, plain=False):
 
 def load_trained(path, device, dtype):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with python train.py --train-model")
+    weights, meta = read_safetensors(path, "python train.py --train-model")
     try:
-        with safe_open(path, "pt") as f:
-            weights = {k: f.get_tensor(k).to(device, dtype) for k in f.keys()}
-            model, tokenizer = load(json.loads(f.metadata()["dash"])["base"], device, dtype)
+        model, tokenizer = load(meta["base"], device, dtype)
         wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} holds no weights that we can use ({e}); make it with python train.py --train-model") from None
     model.name, model.weights = str(path), f"{model.weights}, trained further"
     return model, tokenizer

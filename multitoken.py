@@ -25,21 +25,19 @@ next token at every position, rate 1e-4 with a tenth of warm-up and a cosine, cl
 
 import math
 import time
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from baselines import interval
-from common import Checkpoint, format_table, lock_folder, pick_device
+from common import Checkpoint, canvas, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import publish
 from model import KVCache, load
 from speed import median_of, ratio
 
 BATCH, WINDOW, LR = 2, 256, 1e-4  # windows a training step, tokens of a window
+TAUS, NEW = (1, 2, 3, 4), 61  # cycles; tokens to decode, one more than a multiple of every tau, for whole cycles
 
 
 def in_proportion(n_layer):
@@ -75,11 +73,6 @@ def hidden(model, tokens, tau, late, phase=0, thought=None):
     return model.norm(run(model.blocks[-late:], x, B, model.rope(0, T))).view(B, T, -1)
 
 
-def check(L, tau, late):
-    if tau < 1 or not 1 <= late < L:
-        raise ValueError(f"a cycle of {tau} tokens, {late} late blocks: give at least 1 token, and 1 to {L - 1} of the model's {L} blocks")
-
-
 @torch.no_grad()
 def decode(model, ids, tau, n, late):
     """Greedy cyclical decoding with a cache: n tokens after ids, a list; no token ends it.
@@ -88,7 +81,8 @@ def decode(model, ids, tau, n, late):
     "token_blocks" (blocks that a token ran in, refilling included), the three after the first token. ValueError for no ids or too many.
     """
     P, L = len(ids), len(model.blocks)
-    check(L, tau, late)
+    if tau < 1 or not 1 <= late < L:
+        raise ValueError(f"a cycle of {tau} tokens, {late} late blocks: give at least 1 token, and 1 to {L - 1} of the model's {L} blocks")
     if not ids or n < 2 or P + n > model.config.block_size:
         raise ValueError(f"{P} tokens and {n} new ones: give at least 1 and 2, together at most the context of {model.config.block_size}")
     tokens, cache = torch.tensor([*ids, *[0] * n], device=model.embed.weight.device), KVCache(model, 1, P + n)
@@ -141,9 +135,7 @@ def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
     parameters = {name: p.requires_grad_() for name, p in model.blocks[-late:].named_parameters()}
     optimizer = torch.optim.AdamW(parameters.values(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(checkpoint.seed)
-    start = checkpoint.restore(parameters, optimizer, generator)
-    bar = tqdm(range(start, steps), desc=f"train, cycles of {tau}", initial=start, total=steps)
-    for step in bar:
+    for step, bar in checkpoint.steps(f"train, cycles of {tau}", steps, 25, parameters, optimizer, generator):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=generator).to(rows.device)]
         phase = int(torch.randint(tau, (), generator=generator))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
@@ -154,41 +146,13 @@ def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         bar.set_postfix(ce=f"{loss.item():.3f}")
-        if (step + 1) % 25 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, parameters, optimizer, generator)
     for p in parameters.values():
         p.requires_grad_(False)
 
 
-def experiment(model, tokenizer, train, test, checkpoint, taus=(1, 2, 3, 4), steps=100, late=None, rounds=5, new=61):
-    """Measure, train, measure again for each tau, from the same weights, which the model has again in the end.
-
-    train, test: windows (N, T) int64 of their splits; checkpoint: tau -> Checkpoint; new: tokens to decode, one more than a multiple
-    of every tau for whole cycles. Returns rows (dicts: tau, late; before, after: nats by place; each: after, by place and window; faster:
-    tokens/s over the full model's, median of alternating rounds; passes, token_blocks: shares of L; text: greedy) and a Figure.
-    """
-    L, late = len(model.blocks), late or in_proportion(len(model.blocks))
-    if steps < 1 or rounds < 1:
-        raise ValueError(f"{steps} steps, {rounds} rounds: at least 1")
-    start, prompt, rows = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}, test[0, :32].tolist(), []
-    for tau in taus:
-        check(L, tau, late)
-        before = nats_by_place(model, test, tau, late, max(taus))
-        finetune(model, train, tau, late, steps, checkpoint(tau))
-        after = nats_by_place(model, test, tau, late, max(taus))
-        speed = lambda cycle: decode(model, prompt, cycle, new, late)["tokens_per_second"]
-        values, out = median_of(rounds, {"cycles": partial(speed, tau), "full": partial(speed, 1)}), decode(model, prompt, tau, new, late)
-        rows.append({"tau": tau, "late": late, "before": before.mean(1).tolist(), "after": after.mean(1).tolist(), "each": after.tolist(),
-                     "faster": ratio(values, "cycles", "full"), "tokens_per_second": values, "passes": out["passes"] / L,
-                     "token_blocks": out["token_blocks"] / L, "text": tokenizer.decode(out["tokens"])})
-        model.blocks[-late:].load_state_dict(start)
-    return rows, chart(rows)
-
-
 def chart(rows):
     """Nats by place in the cycle, and what the cycles save."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = canvas(11, 4, 2)
     for n, r in enumerate(rows):
         for key, style in (("before", ":"), ("after", "-")):
             left.plot(range(1, r["tau"] + 1), r[key], style, marker="o", color=f"C{n}", label=f"tau = {r['tau']}, {key}")
@@ -202,18 +166,37 @@ def chart(rows):
 
 
 def multitoken(args):
-    """args: model, data_dir, steps, limit (test windows), rounds, out (folder of checkpoints), resume, results, seed, device."""
+    """Measure, train, measure again for each tau, from the same weights.
+
+    args: model, data_dir, steps, limit (test windows), rounds, out (folder of checkpoints), resume, results, seed, device. Rows of the
+    result, one a tau: before, after: nats by place; each: after, by place and window; faster: tokens/s over the full model's, median of
+    alternating rounds; passes, token_blocks: shares of L; text: greedy.
+    """
     task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1")
+    if args.steps < 1 or args.rounds < 1:
+        raise ValueError(f"{args.steps} steps, {args.rounds} rounds: at least 1")
     text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
     model, tokenizer = load(args.model, device, torch.float32)
     size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
     train = windows(tokenizer, text, 10**6, size, task).to(device)
     test = windows(tokenizer, held_out, args.limit or 16, size, task, spread=True).to(device)
     settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint()}
-    checkpoint = lambda tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)
-    rows, figure = experiment(model, tokenizer, train, test, checkpoint, steps=args.steps, rounds=args.rounds)
+    late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
+    start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
+    made = lambda tau: decode(model, prompt, tau, NEW, late)
+    for tau in TAUS:
+        before = nats_by_place(model, test, tau, late, max(TAUS))
+        checkpoint = Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)
+        finetune(model, train, tau, late, args.steps, checkpoint)
+        after = nats_by_place(model, test, tau, late, max(TAUS))
+        values = median_of(args.rounds, {"cycles": lambda: made(tau)["tokens_per_second"], "full": lambda: made(1)["tokens_per_second"]})
+        out = made(tau)
+        rows.append({"tau": tau, "late": late, "before": before.mean(1).tolist(), "after": after.mean(1).tolist(), "each": after.tolist(),
+                     "faster": ratio(values, "cycles", "full"), "tokens_per_second": values, "passes": out["passes"] / L,
+                     "token_blocks": out["token_blocks"] / L, "text": tokenizer.decode(out["tokens"])})
+        model.blocks[-late:].load_state_dict(start)
     cells, places = [], lambda nats: " ".join(f"{v:.3f}" for v in nats)
     for r in rows:
         low, high = interval(*(torch.tensor(x["each"]).mean(0) for x in (r, rows[0])))
@@ -221,6 +204,6 @@ def multitoken(args):
         cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{r['faster']:.2f}x",
                       f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])
     header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s", "passes", "blocks run a token"]
-    caption = (f"Direct multi-token decoding: {rows[0]['late']} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
+    caption = (f"Direct multi-token decoding: {late} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
                f"{test.numel()} held-out tokens; 95% intervals over windows. Greedy decoding, fp32, {args.rounds} alternating rounds.")
-    publish(args, "multitoken", model, figure, caption=caption, markdown=format_table(header, cells), steps=args.steps, rows=rows)
+    publish(args, "multitoken", model, chart(rows), caption=caption, markdown=format_table(header, cells), steps=args.steps, rows=rows)

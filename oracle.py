@@ -23,12 +23,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
 from baselines import interval
-from common import format_table
+from common import canvas, format_table
 from data import outcomes, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
                       summary_prompt)
@@ -94,8 +93,7 @@ def hidden(args):
     tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *(spread(v, 1, ".4f") for v in three)] for k, three in zip(kept, found)])]
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
                "state to the full model's [95% interval over sequences]. ")
-    figure, rows = Figure(figsize=(11, 4.2), layout="constrained"), []
-    left, right = figure.subplots(1, 2)
+    (figure, (left, right)), rows = canvas(11, 4.2, 2), []
     for way, those in zip(WAYS, found.transpose(0, 1)):
         left.plot(kept, those.mean(1), marker="o", markersize=4, label=way)
         left.fill_between(kept, *zip(*map(interval, those)), alpha=0.2)
@@ -231,8 +229,7 @@ def allocate(args, task):
 
 def oracle_chart(title, rows, shares, cost, change, pick, by_luck):
     """Score against cost of one path for all and of the table's rows; and which paths the oracle takes, beside luck."""
-    figure, P = Figure(figsize=(12, 4.5), layout="constrained"), len(shares)
-    left, right = figure.subplots(1, 2)
+    (figure, (left, right)), P = canvas(12, 4.5, 2), len(shares)
     left.plot(100 * cost[:P].mean(1), change[:P].mean(1), ".-", color="tab:gray", label="one path for all")
     for name, c, d in rows:
         left.plot(100 * c.mean(), d.mean(), "*" if name == "oracle" else "o", label=name)

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import device_name, read_safetensors, write_whole
+from common import device_name, read_safetensors, write_safetensors
 
 STATES = torch.tensor([0, 1, 2, 4])  # index -> state
 INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
@@ -390,12 +390,8 @@ class Policy:
 
     def save(self, path):
         """Write the policy whole or not at all, as safetensors. OSError names the path."""
-        from safetensors.torch import save
-
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.scorer.state_dict().items()}
-        meta = {"scale": self.scale, "costs": self.costs.tolist(), "prices": self.prices, "horizon": self.horizon,
-                "lam": self.scorer.lam, "fingerprint": self.fingerprint, "settings": self.settings}
-        write_whole(path, save(tensors, metadata={"dash": json.dumps(meta)}))  # one key: its order is fixed
+        write_safetensors(path, self.scorer.state_dict(), scale=self.scale, costs=self.costs.tolist(), prices=self.prices,
+                          horizon=self.horizon, lam=self.scorer.lam, fingerprint=self.fingerprint, settings=self.settings)
 
     @classmethod
     def load(cls, path):

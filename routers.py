@@ -19,12 +19,11 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
 
 Ours, for a budget of tens of steps: the papers add a price for every gate that is open, train at several prices and report what is
 skipped. Such a price pushes all logits down alike. Here that push is made directly: all logits are compared with one threshold, which
-follows the number of closed gates while training, and is set once more on training text in the end. (A price that follows the count swung
-between 0 and 10 skipped blocks in 80 steps.) And gates start at the static choice, those of the most similar blocks closed, the adapter at
-zero (`begin`): from all gates open, 60 steps came to 2.8 nats lost where the static choice loses 0.7. FlexiDepth's release starts at
-random values. Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips attention fills its keys and
-values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for
-every token, so there they are from the plain weights too).
+follows the number of closed gates while training, and is set once more on training text in the end. And gates start at the static choice,
+those of the most similar blocks closed, the adapter at zero (`begin`); FlexiDepth's release starts at random values. (results/NOTES.md has
+what came of a price, and of open gates.) Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips
+attention fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through
+slope runs the block for every token, so there they are from the plain weights too).
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -38,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import read_safetensors, write_whole
+from common import read_safetensors, write_safetensors
 from data import outcomes
 from policy import Policy
 
@@ -136,12 +135,8 @@ class Router:
 
     def save(self, path):
         """Write the gates whole or not at all, as safetensors. OSError names the path."""
-        from safetensors.torch import save
-
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.gates.state_dict().items()}
-        meta = {"router": self.kind, "size": self.size, "threshold": self.threshold, "fingerprint": self.fingerprint,
-                "settings": self.settings}
-        write_whole(path, save(tensors, metadata={"dash": json.dumps(meta)}))
+        write_safetensors(path, self.gates.state_dict(), router=self.kind, size=self.size, threshold=self.threshold,
+                          fingerprint=self.fingerprint, settings=self.settings)
 
 
 def load(path):
@@ -182,10 +177,8 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     parameters = dict(policy.gates.requires_grad_().named_parameters())
     rate = lambda name, p: LR_BIAS if p.numel() == 1 else 1e-3 if "adapter" in name else LR.get(policy.kind, 1e-3)
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate(name, p)} for name, p in parameters.items()])
-    start = checkpoint.restore(parameters, optimizer, generator)
     policy.threshold = checkpoint.meta.get("threshold", 0.0)
-    bar = tqdm(range(start, steps), desc="gates", initial=start, total=steps)
-    for step in bar:
+    for step, bar in checkpoint.steps("gates", steps, 10, parameters, optimizer, generator, lambda: {"threshold": policy.threshold}):
         ces, seen = [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
@@ -204,8 +197,6 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
-        if (step + 1) % 10 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, parameters, optimizer, generator, threshold=policy.threshold)
     policy.gates.requires_grad_(False)
     policy.generator = None
     for gate in policy.gates:

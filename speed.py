@@ -1,9 +1,4 @@
-"""How fast it decodes: python bench.py speed, and --suite gpu
-
-    speed      on this device: milliseconds per block and state, tokens/s of every path and of the peers that are installed, routed
-               decoding against the same states known ahead, first token, memory, bandwidth. The latency table that it writes is what
-               `train.py --cost latency` trains for
-    speed_gpu  the CUDA engine on 7B shapes with random weights, and one token's timeline
+"""How fast it decodes: python bench.py speed, and --suite gpu; what they measure is said in bench.py.
 
 Contenders run in turn, round after round, in one process; a figure is the median over rounds, a comparison the median of the ratios.
 """
@@ -18,10 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from common import device_name, format_table, pick_device, read_json, save_figure, save_result
+from common import canvas, device_name, format_table, pick_device, read_json, save_figure, save_result
 from data import load_text, text_examples
 from evaluate import publish
 from infer import Engine, generate
@@ -233,8 +227,7 @@ def speed_tables(r):
 
 def speed_chart(result, device):
     rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = canvas(8, 0.5 * len(rows) + 1.2)
     ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
     bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
     axes.bar_label(bars, fmt="%.0f", padding=3)
@@ -376,8 +369,7 @@ def timeline(path, events, title):
     busy = lambda row: sum(e[3] for e in events if e[0] == row)
     streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
     rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
-    figure = Figure(figsize=(12, 3), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = canvas(12, 3)
     for y, row in enumerate(rows):
         for wait, color in ((False, "tab:blue"), (True, "lightgray")):
             bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]

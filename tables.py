@@ -1,24 +1,17 @@
-"""The paper's tables and figures, and ours: python bench.py table | frontier | ablation | figures | transfer
+"""The paper's Tables 1-3 and Figures 1, 2, 4 and 5, and ours: python bench.py table | frontier | ablation | figures | transfer
 
-    table      Tables 1-2: every method at every speedup on every task; the paper's own numbers, from paper.json, beside ours
-    frontier   what is lost at six speedups: random states, the best static plan, a plan by position, policies; the budget while decoding
-    ablation   Table 3, and single choices of ours
-    figures    Figures 1, 2 and 4
-    transfer   Figure 5
-
-Each measures, then publishes a JSON with its Markdown table, and a picture.
+What each command shows is said in bench.py. Each measures, then publishes a JSON with its Markdown table, and a picture.
 """
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare, interval, public
-from common import format_table, read_json
+from common import canvas, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, name_of, policy_path, publish, rank, variant
 from model import KVCache, load
@@ -81,8 +74,7 @@ def paper_tables(key):
 def table_chart(rows, task, metric):
     """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
     x = "measured" if "measured" in rows[0] else "speedup"
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, colors = figure.subplots(), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+    (figure, [axes]), colors = canvas(9, 5), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
     axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
     axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
     there = [r for r in rows[1:] if "missing" not in r]
@@ -124,7 +116,7 @@ def frontier(args):
     alone = sensitivities(model, search, known.scale)
     known.candidates, known.measure = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
 
-    contenders, about = [None, baselines.int8(known, 0), baselines.int4(known, 0)], [("full model", None), ("all INT8", None), ("all INT4", None)]
+    ways = [("full model", None, None), ("all INT8", None, baselines.int8(known, 0)), ("all INT4", None, baselines.int4(known, 0))]
     plans = [baselines.best_static(known, speedup) for speedup in tqdm(speedups, desc="static plans")]
     # A static plan cannot cost exactly what is asked, and a price set on other text does not either: the policies get prices at which
     # they cost on this text what the static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
@@ -137,13 +129,11 @@ def frontier(args):
         return p
 
     for n, (speedup, plan) in enumerate(zip(speedups, plans)):
-        contenders += [baselines.random_mix(known, speedup), plan, baselines.position_mix(known, speedup)]
-        about += [(name, speedup) for name in ("random states", "best static plan", "by position")]
-        for p in policies:  # the price is set just before each window
-            contenders.append(lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu))
-            about.append((name_of(p), speedup))
-    rows = [{"method": name, "target": s} | public(r)
-            for (name, s), r in zip(about, compare(model, examples, contenders))]
+        ways += [("random states", speedup, baselines.random_mix(known, speedup)), ("best static plan", speedup, plan),
+                 ("by position", speedup, baselines.position_mix(known, speedup))]
+        # the price is set just before each window
+        ways += [(name_of(p), speedup, lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu)) for p in policies]
+    rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
     policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
     tokens = sum(sum(e.lengths) for e in examples)
@@ -180,8 +170,7 @@ def frontier_cells(rows, speedups):
 
 
 def frontier_chart(rows, task):
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = canvas(8, 4.5)
     colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
     others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
     for method in dict.fromkeys(r["method"] for r in rows[3:]):
@@ -237,10 +226,10 @@ def ablation(args):
     table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
               "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
     table |= {name_of(p): of(p) for p in policies[1:]}
-    full, *found = compare(model, examples, [None, *(p for row in table.values() for p in row)])
+    ways = [(name, s, p) for name, those in table.items() for s, p in zip(ASKED, those)]
+    full, *found = compare(model, examples, [None, *(p for *_, p in ways)])
     key, unit = ("accuracy", 100) if choice else ("nats", 1)
-    rows = [{"name": name, "target": s} | public(r)
-            for (name, s), r in zip([(name, s) for name in table for s in ASKED], found)]
+    rows = [{"name": name, "target": s} | public(r) for (name, s, _), r in zip(ways, found)]
 
     def cell(r):
         low, high = interval(r["each"][key], full["each"][key])
@@ -277,11 +266,10 @@ def figures(args):
     source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
     rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(known.samples.device)
-    x, rope, h = model.embed(rows).flatten(0, 1), model.rope(0, rows.shape[1]), []
-    for block in model.blocks:
+    h = []
+    for x, _, y in model.block_by_block(rows):
         h.append(x)
-        x = block(x, len(rows), [(4, None)], 1.0, rope)
-    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, x]])  # (L + 1, N, C), without first tokens
+    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, y]])  # (L + 1, N, C), without first tokens
     similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
     what = f"{source[0]}, test, {similarity.shape[1]} tokens"
     figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
@@ -296,8 +284,7 @@ def figure1(args, model, known, h, similarity, items, what):
     counts = range(min(9, L - 1))
     each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
     right, spans = [sum(e) / len(e) for e in each], [interval(e) for e in each]
-    figure, blocks = Figure(figsize=(15, 4), layout="constrained"), range(1, L + 1)
-    a, b, c = figure.subplots(1, 3)
+    (figure, (a, b, c)), blocks = canvas(15, 4, 3), range(1, L + 1)
     a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
     a.fill_between(blocks, *(torch.stack([one.quantile(q) for one in similarity]) for q in (0.1, 0.9)), alpha=0.2)
     a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
@@ -321,8 +308,7 @@ def figure2(args, model, known, rows, similarity, what):
         ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
         kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
     kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
-    figure, cells = Figure(figsize=(8, 4), layout="constrained"), []
-    axes = figure.subplots()
+    (figure, [axes]), cells = canvas(8, 4), []
     for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
         here = of_tokens[:, kind == k]
         if here.shape[1]:
@@ -340,8 +326,7 @@ def figure4(args, model, policies, rows, similarity, what):
     """States against similarity at three speeds, and how early in the model a policy dares to skip."""
     policy, decided = policies[0], similarity[1:].flatten()
     speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
-    figure, cells, early = Figure(figsize=(5 * len(speedups) + 5, 4), layout="constrained"), [], []
-    *panels, last = figure.subplots(1, len(speedups) + 1, squeeze=False)[0]
+    (figure, [*panels, last]), cells, early = canvas(5 * len(speedups) + 5, 4, len(speedups) + 1), [], []
     tenth = torch.empty(len(decided), dtype=torch.int64)
     tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
     for speedup, axes in zip(speedups, panels):
@@ -393,8 +378,7 @@ def transfer(args):
             sizes[tested] = len(examples)
         cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
                                  for r in found[trained].values())])
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = canvas(7, 5)
     best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
     figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r"), ax=axes)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30)

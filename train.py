@@ -32,13 +32,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from safetensors.torch import save
 from tqdm import tqdm
 
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
-from common import Checkpoint, Parser, command_line, lock_folder, pick_device, save_figure, save_result, write_whole
+from common import (Checkpoint, Parser, canvas, command_line, lock_folder, pick_device, save_figure, save_result, write_safetensors,
+                    write_whole)
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket, goal_cost,
@@ -68,26 +67,15 @@ def profile(model, tokens):
     "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean", "std" of the RMS-normed x.
     """
     sums = [dict.fromkeys(("n", "cos", "xy", "xx", "ratio", "x", "x2"), 0.0) for _ in model.blocks]
-
-    def watch(i):
-        def hook(block, args, y):
+    for rows in tqdm(tokens.split(8), desc="calibrate", leave=False):
+        for s, (x, _, y) in zip(sums, model.block_by_block(rows)):
             # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
-            x, y = (t.view(args[1], -1, t.shape[-1])[:, 1:].flatten(0, 1).double() for t in (args[0], y))
-            s = sums[i]
+            x, y = (t.view(*rows.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
             normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
             new = {"n": len(x), "cos": F.cosine_similarity(x, y).sum(), "xy": (x * y).sum(), "xx": (x * x).sum(),
                    "ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(), "x": normed.sum(0), "x2": normed.square().sum(0)}
             for key, value in new.items():
                 s[key] = s[key] + value
-        return hook
-
-    hooks = [block.register_forward_hook(watch(i)) for i, block in enumerate(model.blocks)]
-    try:
-        for rows in tqdm(tokens.split(8), desc="calibrate", leave=False):
-            model.hidden(rows)
-    finally:
-        for hook in hooks:
-            hook.remove()
     stack = lambda f: torch.stack([torch.as_tensor(f(s)) for s in sums]).cpu()
     mean = stack(lambda s: s["x"] / s["n"])
     return {"similarity": stack(lambda s: s["cos"] / s["n"]), "least_squares": stack(lambda s: s["xy"] / s["xx"]),
@@ -147,7 +135,7 @@ def cache_codes(model, tokens):
         for key, (code, scale, zero) in codes.items():
             tensors |= {key + ".codes": pack_nibbles(code), key + ".width": torch.tensor(code.shape[1]),
                         key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
-        write_whole(path, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+        write_safetensors(path, tensors)
 
     some = path.with_suffix(".some")
     codes = read_codes(some, tokens.device) if some.exists() else {}
@@ -170,18 +158,18 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
     L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), sum(sum(e.lengths) for e in examples)
     for example in tqdm(examples, desc="sensitivity", leave=False):
         R, T = example.rows.shape
-        inputs, rope, x = [], model.rope(0, T), model.embed(example.rows).flatten(0, 1)
-        predict = lambda x: outcomes(model, model.norm(x).view(R, T, -1), example)[0]
-        for block in model.blocks:
-            inputs.append(x)
-            x = block(x, R, [(4, None)], 1.0, rope)
-        full = predict(x)
+        inputs, rope = [x for x, _, _ in model.block_by_block(example.rows)], model.rope(0, T)
+
+        def predict(i, state):  # block i alone in this state
+            x = inputs[i]
+            for j in range(i, L):
+                x = model.blocks[j](x, R, [(state if j == i else 4, None)], scale[j], rope)
+            return outcomes(model, model.norm(x).view(R, T, -1), example)[0]
+
+        full = predict(L - 1, 4)
         for i in range(1, L):
-            for k in [INDEX_OF[s] for s in states if s or i < L - 1]:
-                x = inputs[i]
-                for j in range(i, L):
-                    x = model.blocks[j](x, R, [(int(STATES[k]) if j == i else 4, None)], scale[j], rope)
-                damage[i, k] += float(kl(full, predict(x)).sum()) / tokens
+            for s in [s for s in states if s or i < L - 1]:
+                damage[i, INDEX_OF[s]] += float(kl(full, predict(i, s)).sum()) / tokens
     return damage
 
 
@@ -388,10 +376,8 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
     generator = torch.Generator().manual_seed(checkpoint.seed)
     optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)
     parameters = dict(policy.scorer.named_parameters())
-    start = checkpoint.restore(parameters, optimizer, generator)
     policy.mu, policy.generator = checkpoint.meta.get("mu", policy.mu), generator
-    bar = tqdm(range(start, steps), desc="policy gradient", initial=start, total=steps)
-    for step in bar:
+    for step, bar in checkpoint.steps("policy gradient", steps, 5, parameters, optimizer, generator, lambda: {"mu": policy.mu}):
         policy.tau, losses, gained, costs = unit * temperature(step, steps), [], [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
@@ -413,8 +399,6 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{line['cost']:.2f}")
-        if (step + 1) % 5 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, parameters, optimizer, generator, mu=policy.mu)
     policy.tau = None
 
 
@@ -500,9 +484,7 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
         linear.low = {s: Straight(linear, low, slice(q_size, None) if s == "fill" else slice(None)) for s, low in linear.low.items()}
     weights = {name: linear.weight.requires_grad_() for name, (linear, _) in linears.items()}
     optimizer, generator = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0), torch.Generator().manual_seed(checkpoint.seed)
-    start = checkpoint.restore(weights, optimizer, generator)
-    bar = tqdm(range(start, steps), desc="train the base", initial=start, total=steps)
-    for step in bar:
+    for _, bar in checkpoint.steps("train the base", steps, 10, weights, optimizer, generator):
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
         loss = total_loss(F.nll_loss(logp, right), 0.0, ALPHA)
@@ -511,8 +493,6 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         optimizer.step()
         bar.set_postfix(ce=f"{loss.item():.3f}")
-        if (step + 1) % 10 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1, weights, optimizer, generator)
     for linear, _ in linears.values():
         linear.weight.requires_grad_(False).copy_(linear.weight.bfloat16())  # as it will be saved
         linear.low = {}
@@ -521,8 +501,8 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
 
 def save_base(model, path):
     """The trained weights in bf16, with the name of the model that they belong to: `--model out/model.safetensors` loads both."""
-    tensors = {k: t.bfloat16().contiguous() for k, t in model.state_dict().items() if not (model.config.tied and k == "head.weight")}
-    write_whole(path, save(tensors, {"dash": json.dumps({"base": model.name})}))
+    tensors = {k: t.bfloat16() for k, t in model.state_dict().items() if not (model.config.tied and k == "head.weight")}
+    write_safetensors(path, tensors, base=model.name)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -534,17 +514,12 @@ SHADES = ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8")
 
 def plot(path, log, states, names, rows):
     """Three panels: training, KL by method, states by block."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    a, b, c = figure.subplots(1, 3)
-    if "loss" in log[0] and "step" not in log[0]:
-        a.plot([x["epoch"] for x in log], [x["loss"] for x in log], marker="o")
-        a.set(xlabel="epoch", ylabel="loss", title="Training: fit to Fisher labels")
-    elif "ce" in log[0]:
-        a.plot([x["step"] for x in log], [x["ce"] for x in log])
-        a.set(xlabel="step", ylabel="CE, nats a token", title="Training: cross-entropy of the gated model")
-    else:
-        a.plot([x["step"] for x in log], [x["r_acc"] for x in log])
-        a.set(xlabel="step", ylabel="R_acc, nats a token", title="Training: reward of the sampled states")
+    figure, (a, b, c) = canvas(15, 4, 3)
+    x, y, label, title = (("epoch", "loss", "loss", "fit to Fisher labels") if "epoch" in log[0] else
+                          ("step", "ce", "CE, nats a token", "cross-entropy of the gated model") if "ce" in log[0] else
+                          ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
+    a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
+    a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     b.barh(names[1:], [r["kl"] for r in rows[1:]], color="tab:blue")
     b.invert_yaxis()
     b.set(xlabel="KL to the full model, nats", title="Held-out")

@@ -91,7 +91,7 @@ CACHE = tempfile.mkdtemp(prefix="dash-test-cache-")  # for what tiny models cach
 
 # Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench", "torch._dynamo"])  # the last: what an optimizer imports
+FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench", "matplotlib.figure", "torch._dynamo"])  # the last: what an optimizer imports
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
