@@ -380,7 +380,7 @@ def transfer(args):
                                  for r in found[trained].values())])
     figure, [axes] = canvas(7, 5)
     best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
-    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r"), ax=axes)
+    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r", norm="log"), ax=axes)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30)
     axes.set_yticks(range(len(there)), there)
     axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
