@@ -17,6 +17,7 @@ Multiple choice is scored by the likelihood of each choice after the question, w
 """
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +69,9 @@ def read_text(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or not a file")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); convert it first") from None
+        raise ValueError(f"{path}, line {e.object[: e.start].count(10) + 1}, is not UTF-8 text (byte {e.start}); convert it first") from None
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text")
     return text
@@ -150,6 +151,8 @@ def load_items(name, split, data_dir=None):
             item["shots"] = [shot for shot in dev if shot.get("subject", "") == item.get("subject")][:5]
             if len(item["shots"]) < 5:
                 raise ValueError(f"mmlu's dev split has {len(item['shots'])} examples of {item.get('subject')!r}, mmlu_5shot needs 5")
+    if name in CHOICE_TASKS and data_dir is None:
+        random.Random(0).shuffle(items)  # the hub has mmlu subject by subject, and the first few are to stand for all
     if name in CHOICE_TASKS or split is None:
         return items
     cut = max(1, len(items) * 4 // 5)
@@ -216,7 +219,7 @@ def text_examples(rows):
 
 
 def item_examples(tokenizer, items, longest, device):
-    """Items -> Examples; choices that differ in their last token only share one row. ValueError when one is too long."""
+    """Items -> Examples; choices that differ in their last token only share one row. ValueError when a choice is too long."""
     out = []
     for item in items:
         context, choices = question(item)
@@ -225,11 +228,13 @@ def item_examples(tokenizer, items, longest, device):
             ids = tokenizer.encode(context + choice, add_special_tokens=True)
             if len(ids) <= start:  # a sum over nothing would be the likeliest of all
                 raise ValueError(f"the choice {choice[1:]!r} adds no token to its question, so it has no likelihood: {item['question'][:60]!r}")
-            if len(ids) - 1 > longest:
-                raise ValueError(f"an item has {len(ids)} tokens, the context is {longest}: {item['question'][:60]!r}")
-            if ids[:-1] not in rows:
-                rows.append(ids[:-1])
-            spans.append((rows.index(ids[:-1]), start, torch.tensor(ids[start:], device=device)))
+            cut = max(0, len(ids) - 1 - longest)  # as the harness does, a question that is too long loses its beginning
+            if cut >= start:
+                raise ValueError(f"a choice of {len(ids) - start} tokens does not fit into the context of {longest}: {item['question'][:60]!r}")
+            row = ids[cut:-1]
+            if row not in rows:
+                rows.append(row)
+            spans.append((rows.index(row), start - cut, torch.tensor(ids[start:], device=device)))
         padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
         for row, ids in zip(padded, rows):
             row[: len(ids)] = torch.tensor(ids)

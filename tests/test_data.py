@@ -1,13 +1,14 @@
 """Multiple-choice items: prompts, rows, likelihoods, labels, rewards and faults."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import train
 from baselines import compare
-from data import item_examples, kl, load_articles, load_items, outcomes, question
+from data import item_examples, kl, load_articles, load_items, load_text, outcomes, question
 from model import load
 from policy import Fixed
 from test_routing import random_policy
@@ -94,8 +95,30 @@ def test_bad_items_are_named(tmp_path, line, word):
     with pytest.raises(ValueError, match="items.jsonl") as e:
         load_items(file, None)
     assert word in str(e.value)
-    with pytest.raises(ValueError, match="context"):
-        item_examples(type("T", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})(), ITEMS, 10, "cpu")
+
+
+def test_a_long_question_loses_its_beginning():
+    """As in lm-evaluation-harness: the choice and as much before it as fits. A choice that does not fit itself is an error."""
+    by_byte = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})()
+    item = {"question": "Where did the cat sit?", "choices": ["mat", "lap of the dog"], "answer": 0}
+    context = len("Question: Where did the cat sit?\nAnswer:")
+    [example] = item_examples(by_byte, [item], 20, "cpu")
+    for (row, start, ids), choice in zip(example.choices, (" mat", " lap of the dog")):
+        assert bytes(ids.tolist()).decode() == choice and start == 20 - len(choice) + 1
+        text = bytes(example.rows[row, : example.lengths[row]].tolist()).decode()
+        assert text == f"Question: {item['question']}\nAnswer:{choice}"[-21:-1]
+    [whole] = item_examples(by_byte, [item], 100, "cpu")
+    assert all(start == context for _, start, _ in whole.choices)
+    with pytest.raises(ValueError, match="context of 10"):
+        item_examples(by_byte, [item], 10, "cpu")
+
+
+def test_encodings(tmp_path):
+    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ITEMS[0]).encode())
+    assert len(load_items(tmp_path / "mark.jsonl", None)) == 1
+    (tmp_path / "latin.txt").write_bytes("one\ntwo\nna\u00efve".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt, line 3"):
+        load_text(tmp_path / "latin.txt", None)
 
 
 def test_bad_articles_are_named(tmp_path):
@@ -108,3 +131,38 @@ def test_bad_articles_are_named(tmp_path):
         file.write_text(json.dumps(good) + "\n" + line)
         with pytest.raises(ValueError, match="test.jsonl, line 2"):
             load_articles("cnn_dm", "test", tmp_path)
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "mmlu", "mmlu_5shot"])
+def test_answers_are_those_of_lm_evaluation_harness(task, tiny, data_dir, tmp_path):
+    """The same 100 items (25 after five examples) by the harness, with its own prompts, on transformers: the same answers, but for two."""
+    harness = pytest.importorskip("lm_eval", reason="pip install lm_eval to compare with lm-evaluation-harness")
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    shots, folder = 5 if task == "mmlu_5shot" else 0, Path(harness.__file__).parent / "tasks"
+    items = load_items(task, "test", data_dir)
+    items = [item for item in items if item.get("subject") in (None, items[0].get("subject"))] if shots else items
+    items = items[: 25 if shots else 100]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({k: v for k, v in i.items() if k != "shots"}) for i in items))
+    files = {"test": str(tmp_path / "test.jsonl")}
+    if "mmlu" in task:
+        config = yaml.safe_load((folder / "mmlu" / "default" / "_default_template_yaml").read_text())
+        config |= {"description": "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"}
+        if shots:
+            (tmp_path / "dev.jsonl").write_text("\n".join(map(json.dumps, items[0]["shots"])))
+            files["dev"] = str(tmp_path / "dev.jsonl")
+    else:
+        config = yaml.safe_load((folder / "arc" / "arc_easy.yaml").read_text()) | {"doc_to_target": "{{answer}}", "doc_to_choice": "{{choices}}"}
+    config |= {"task": task, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "num_fewshot": shots}
+    config = {k: v for k, v in config.items() if k not in ("training_split", "validation_split", "tag") and (shots or "fewshot" not in k)}
+    theirs = evaluate(HFLM(pretrained=str(tiny), device="cpu", max_length=512), {task: ConfigurableTask(config=config)}, log_samples=True)
+    model, tokenizer = load(str(tiny))
+    agree, off = 0, 0.0
+    for sample, example in zip(theirs["samples"][task], item_examples(tokenizer, items, 512, "cpu")):
+        scores = torch.tensor([r[0][0] for r in sample["resps"]]).log_softmax(-1)
+        ours = outcomes(model, model.hidden(example.rows), example)[0][0]
+        agree, off = agree + int(ours.argmax() == scores.argmax()), max(off, (ours - scores).abs().max().item())
+    assert len(theirs["samples"][task]) == len(items) and agree >= len(items) - 2 and off < 1e-3, (agree, off)
