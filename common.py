@@ -11,12 +11,16 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
+
+
+BEGAN = time.time()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def save_result(path, device, model, seed, **content):
     """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
     import platform
 
-    about = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
+    about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
              "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())

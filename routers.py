@@ -4,9 +4,9 @@ For every token, before each of its blocks, a small network on the block's input
 logit is above a threshold. The base stays frozen. What differs is what a gate covers, what it sees and how it is taught:
 
     gate-hidden, gate-fixed, gate-mlp   skip controllers of whole blocks, all but the first and the last (arXiv 2410.20022): one
-                linear layer on x, on a vector of ones that tells it nothing of the token, or (ours) two layers on x.
-                In training the gate is m = 1[sigmoid(logit + noise) > 1/2], noise logistic: Gumbel-Softmax with two
-                choices at temperature 1; y = x + m (block(x) - x), and m passes its slope straight to the sigmoid.
+                linear layer on x, the same on a fixed input that tells it nothing of the token (zeros, which leave its bias),
+                or (ours) two layers on x. In training the gate is m = 1[logit + noise > threshold], noise logistic: Gumbel-Softmax
+                with two choices; y = x + m (block(x) - x), and m passes its slope straight to the sigmoid.
     mindskip    attention alone, its MLP always runs; upper half of the blocks but the last (arXiv 2410.13184, by token):
                 linear; as above without the noise.
     flexidepth  upper half of the blocks (arXiv 2503.23798): W_r W_up Norm(tanh(W_down z)), z the RMS-normed x, g = sigmoid.
@@ -14,16 +14,17 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
                 slope through what the token runs; the weights stay at inference.
 
-    loss = CE                                                  skip controllers, MindSkip
+    loss = KL(full || gated)                                   skip controllers, MindSkip (ours; theirs is CE)
     loss = CE + alpha * mean_t (sum_l g_l)^2                   FlexiDepth
 
-Ours, for a budget of tens of steps: the papers add a price for every gate that is open, train at several prices and report what is
-skipped. Such a price pushes all logits down alike. Here that push is made directly: all logits are compared with one threshold, which
-follows the number of closed gates while training, and is set once more on training text in the end. And gates start at the static choice,
-those of the most similar blocks closed, the adapter at zero (`begin`); FlexiDepth's release starts at random values. (results/NOTES.md has
-what came of a price, and of open gates.) Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips
-attention fills its keys and values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through
-slope runs the block for every token, so there they are from the plain weights too).
+Ours, for a budget of some hundred steps on a laptop. The papers add a price for every gate that is open, train at several prices and
+report what is skipped; such a price pushes all logits down alike. Here that push is made directly: all logits are compared with one
+threshold, which follows the number of closed gates while training, and is set once more on training text in the end. Gates start at the
+static choice, those of the most similar blocks closed (`begin`), the adapter at zero; FlexiDepth's release starts at random values. The
+noise is a quarter of Gumbel's, or it would flip every fourth gate of such a start. KL has the mean of CE's slope on text of the model's own,
+and less noise. Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips attention fills its keys and
+values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for
+every token, so there they are from the plain weights too). What was tried before is in results/NOTES.md.
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -38,13 +39,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import read_safetensors, write_safetensors
-from data import outcomes
+from data import kl, outcomes
 from policy import Policy
 
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
-NARROW, WIDTH, OPEN = 16, 128, 3.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
-BATCH = 2  # examples a step
-LR, LR_BIAS = {"flexidepth": 3e-4}, 0.03  # Adam's rates: routers, if not 1e-3 as adapters; the last bias, how open a gate is, moves fast
+NARROW, WIDTH, OPEN = 16, 128, 1.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
+WINDOW, NOISE = 128, 0.25  # tokens of a step: many small steps beat few large ones; share of Gumbel's noise
+LR, LR_FLEXI, LR_BIAS = 2e-4, 1e-3, 0.03  # Adam's rates: routers; FlexiDepth's and its adapters; a last bias, how open a gate is
 ALPHA, PACE = 1e-3, 0.1  # FlexiDepth's, as its paper has it; of the threshold, for every gate too few that a step closes
 
 
@@ -62,7 +63,12 @@ class Gate(nn.Module):
         elif kind == "gate-mlp":
             layers, width = [nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH
         self.router = nn.Sequential(*layers, nn.Linear(width, 1))
-        nn.init.constant_(self.router[-1].bias, OPEN)
+        last = self.router[-1]
+        nn.init.constant_(last.bias, OPEN)
+        if kind == "flexidepth":
+            last.weight.data.mul_(3)  # so that some tokens cross from the static choice, and their adapters learn
+        else:
+            nn.init.zeros_(last.weight)
         self.adapter = nn.ModuleList()
         if kind == "flexidepth":
             self.adapter.extend([linear(n_embd, 2 * narrow(n_hidden)), linear(narrow(n_hidden), n_embd)])
@@ -117,11 +123,11 @@ class Router:
                 self.states[i] = self.states[i - 1]
             return
         gate, training = self.gates[block - self.routed[0]], self.generator is not None
-        shown = torch.ones_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x.detach())
+        shown = torch.zeros_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x.detach())
         logit = gate.router(shown)[..., 0]  # (B, T)
         if training and self.kind.startswith("gate-"):
             u = torch.rand(logit.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logit.device)
-            logit = logit + u.logit()
+            logit = logit + NOISE * u.logit()
         self.seen.append(logit.detach())
         g, run, gain = (logit - self.threshold).sigmoid(), logit > self.threshold, None
         if self.kind == "flexidepth":
@@ -144,7 +150,7 @@ def load(path):
     tensors, meta = read_safetensors(path)
     try:
         kind, size = meta["router"], [int(n) for n in meta["size"]]
-        if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 2 <= size[0] <= 1000:
+        if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 4 <= size[0] <= 1000:
             raise ValueError("values out of range")
         with torch.device("meta"):
             policy = Router(kind, *size, meta["fingerprint"], meta["settings"])
@@ -171,28 +177,33 @@ def begin(policy, known, skip):
 def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """Train policy.gates in place on examples (data.Example) until about `skip` gates a token are closed. Resumes from `checkpoint`.
 
-    log: a file that gets a line a step: "ce" nats, "skipped" gates a token, "threshold".
+    log: a file that gets a line a step: "ce" and "loss" nats, "skipped" gates a token, "threshold".
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
-    rate = lambda name, p: LR_BIAS if p.numel() == 1 else 1e-3 if "adapter" in name else LR.get(policy.kind, 1e-3)
-    optimizer = torch.optim.Adam([{"params": [p], "lr": rate(name, p)} for name, p in parameters.items()])
+    flexidepth, rates = policy.kind == "flexidepth", []
+    for p in parameters.values():
+        rates.append(LR_BIAS if p.numel() == 1 else LR_FLEXI if flexidepth else LR)
+    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters.values()])
     policy.threshold = checkpoint.meta.get("threshold", 0.0)
     for step, bar in checkpoint.steps("gates", steps, 10, parameters, optimizer, generator, lambda: {"threshold": policy.threshold}):
-        ces, seen = [], []
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min(1.0, (steps - step) / (0.3 * steps))
+        example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
+        logp, right = outcomes(model, model.hidden(example.rows, policy), example)
+        ce, keep = F.nll_loss(logp, right), example.keep()
+        if flexidepth:
+            loss = ce + ALPHA * torch.stack(policy.on)[:, keep].sum(0).square().mean()
+        else:
+            with torch.no_grad():
+                full = outcomes(model, model.hidden(example.rows), example)[0]
+            loss = kl(full, logp).mean()
         optimizer.zero_grad()
-        for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
-            logp, right = outcomes(model, model.hidden(examples[n].rows, policy), examples[n])
-            keep, ce = examples[n].keep(), F.nll_loss(logp, right)
-            pressure = torch.stack(policy.on)[:, keep].sum(0).square().mean() if policy.kind == "flexidepth" else 0.0
-            ((ce + ALPHA * pressure) / BATCH).backward()
-            ces.append(ce.item())
-            seen.append(torch.stack(policy.seen)[:, keep])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        seen = torch.cat(seen, 1)
-        line = {"step": step, "ce": sum(ces) / len(ces), "skipped": (seen <= policy.threshold).sum(0).float().mean().item(),
-                "threshold": policy.threshold}
+        closed = torch.stack(policy.seen)[:, keep] <= policy.threshold
+        line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).float().mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")
         log.flush()

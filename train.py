@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
-from common import (Checkpoint, Parser, canvas, command_line, lock_folder, pick_device, save_figure, save_result, write_safetensors,
+from common import (BEGAN, Checkpoint, Parser, canvas, command_line, lock_folder, pick_device, save_figure, save_result, write_safetensors,
                     write_whole)
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load
@@ -549,7 +549,7 @@ def arguments():
                    help="fisher labels, the paper's policy gradient, or the gates of routers.py")
     p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
     p.add_argument("--samples", type=int, default=24, help="fisher: label this many times 1,024 tokens")
-    p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (300)")
+    p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (150)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--lam", type=float, default=LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
@@ -613,28 +613,30 @@ def start_log(path, checkpoint):
     return open(path, "a")
 
 
-def report(out, names, rows, states, test, args, device, model, settings, began, how, wrote):
+def report(out, names, rows, states, test, args, device, model, settings, how, wrote):
     """5: the comparison to the terminal, train.png and train.json."""
     choice = is_choice(args.data)
     markdown = comparison_table(names, rows, choice)
     print("\n" + markdown)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     plot(out / "train.png", log, states, names, rows)
-    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - began)
+    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
-    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, seconds=seconds, tokens=tokens,
+    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
                 settings=settings,
                 rows=[{"name": name} | public(row) for name, row in zip(names, rows)])
     print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
-def train_routers(args, device, text, model, tokenizer, read, began):
+def train_routers(args, device, text, model, tokenizer, read):
     """--objective flexidepth and the like: the gates of routers.py, at --skip skipped blocks a token."""
     c = model.config
+    if c.n_layer < 4:
+        raise ValueError(f"{args.model} has {c.n_layer} blocks; gates need a model of at least 4")
     policy = routers.Router(args.objective, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint())
     if args.skip is None or not 0 < args.skip < len(policy.routed):
         raise ValueError(f"--objective {args.objective} needs --skip, 1 to {len(policy.routed) - 1} of this model's {c.n_layer} blocks")
-    examples, test = read("train", 10**6, WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
+    examples, test = read("train", 10**6, routers.WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
                 "seed": args.seed, "fingerprint": policy.fingerprint}
@@ -651,14 +653,14 @@ def train_routers(args, device, text, model, tokenizer, read, began):
 
     names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
     rows = compare(model, test, [None, policy, without(known, by_similarity(known)[: args.skip])])
-    report(out, names, rows, rows[1]["raw"][:: policy.rows], test, args, device, model, settings, began,
+    report(out, names, rows, rows[1]["raw"][:: policy.rows], test, args, device, model, settings,
            f"objective {args.objective}, {args.skip} skips asked for", "router.safetensors")
 
 
 def main():
-    args, began = arguments(), time.time()
+    args = arguments()
     gates = args.objective in routers.KINDS
-    args.steps = args.steps if args.steps is not None else 300 if gates else 40
+    args.steps = args.steps if args.steps is not None else 150 if gates else 40
     if gates and (args.train_model or args.cost != "bits" or args.horizon is not None):
         raise ValueError("--train-model, --cost and --horizon are for the scorer of --objective fisher or rl")
     if args.skip is not None and not gates:
@@ -679,10 +681,10 @@ def main():
     read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
                                                 device, spread=True)
     if gates:
-        train_routers(args, device, text, model, tokenizer, read, began)
+        train_routers(args, device, text, model, tokenizer, read)
         return
     horizon = L if args.horizon is None else min(args.horizon, L)
-    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device)
+    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device, model.fingerprint())
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets or not targets[0] <= args.speedup <= targets[-1]:
         raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
@@ -740,7 +742,7 @@ def main():
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
     rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
-    report(out, names, rows, rows[1]["raw"], test, args, device, model, settings, began,
+    report(out, names, rows, rows[1]["raw"], test, args, device, model, settings,
            f"INT4 by GPTQ, objective {args.objective}, horizon {horizon}", "policy.safetensors")
 
 
