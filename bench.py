@@ -45,10 +45,11 @@ from tables import ablation, figures, frontier, table, transfer
 def evaluate(args):
     task = args.task or "lm"
     metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
-    unit, (low, high) = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], row["interval"]
+    unit, n = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], facts["n"]
+    spread = "[{:.3f}, {:.3f}]".format(*row["interval"]) if n > 1 else "(one example has no interval)"
     distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
-    print(f"{task}, {args.method}: {metric} {row['value']:.3f} [{low:.3f}, {high:.3f}] (full model {full['value']:.3f}), {distance}"
-          f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {facts['n']} {unit}, {facts['tokens']} tokens, "
+    print(f"{task}, {args.method}: {metric} {row['value']:.3f} {spread} (full model {full['value']:.3f}), {distance}"
+          f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {n} {unit}, {facts['tokens']} tokens, "
           f"INT4 codes: {facts['int4']}")
     if args.json:
         print(json.dumps({
@@ -66,9 +67,9 @@ def render(pages, results):
     """{name: text} with every part between <!-- NAME --> and <!-- /NAME -->, in any of the texts, made anew from results/NAME.json."""
     for file in sorted(Path(results).glob("*.json")):
         begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
-        made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
         if not any(begin in text and end in text for text in pages.values()):
-            raise ValueError(f"neither of {', '.join(pages)} has a part between {begin.strip()} and {end}")
+            continue
+        made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
         pages = {page: text[: text.index(begin) + len(begin)] + made + text[text.index(end) :] if begin in text and end in text else text
                  for page, text in pages.items()}
     return pages
@@ -78,9 +79,13 @@ PAGES = ("README.md", "results/README.md")
 
 
 def report(args):
-    for page, text in render({page: read_text(page) for page in PAGES}, args.results).items():
+    pages = render({page: read_text(page) for page in PAGES}, args.results)
+    for page, text in pages.items():
         write_whole(page, text.encode())
     print(f"wrote {' and '.join(PAGES)}")
+    for file in sorted(Path(args.results).glob("*.json")):
+        if not any(f"<!-- {file.stem} -->" in text for text in pages.values()):
+            print(f"{file} is shown by neither: it has no part between <!-- {file.stem} --> and <!-- /{file.stem} -->")
 
 
 def main():
@@ -112,6 +117,10 @@ def main():
     p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
+    if args.file:
+        args.task = args.task or "lm"
+        if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):
+            raise ValueError(f"--file {args.file}: {args.command} reads a file for --task lm or mc only")
     if args.command not in ("eval", "report"):
         make_folder(args.results)  # cannot be written: say so before an hour's work
     commands[args.command](args)

@@ -164,6 +164,13 @@ def metric_of(task):
     return "Rouge-L" if task == "cnn_dm" else "perplexity" if task in TEXTS else "accuracy"
 
 
+def source(args, task, split):
+    """Where a task's text or items of a split are: name, split and folder for `load_text`. --file is test; its train is pydocs."""
+    if args.file and split == "test":
+        return args.file, None, None
+    return ("pydocs", split, None) if args.file or task == "lm" else (task, split, args.data_dir)
+
+
 def at_hand(args, task, default, path, needed=True):
     """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
     test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
@@ -172,10 +179,12 @@ def at_hand(args, task, default, path, needed=True):
     if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
     choice, device = task not in TEXTS, pick_device(args.device)
-    name, split, folder = (args.file, None, None) if args.file else ("pydocs" if task == "lm" else task, "test", args.data_dir)
+    name, split, folder = source(args, task, "test")
     load_text(name, split, folder, choice)  # not there, or no text: say so before anything is loaded
-    text = load_text("pydocs", "train") if args.file or task == "lm" else load_text(task, "train", args.data_dir)
+    text = load_text(*source(args, task, "train"))
     model, tokenizer = load(args.model, device, torch.float32)
+    if model.config.n_layer < 4:
+        raise ValueError(f"{args.model} has {model.config.n_layer} blocks; to compare what is skipped, give a model of at least 4")
     policies = [read_policy(path, model, needed), *(read_policy(other, model, True) for other in args.compare)]
     int4 = policies[0].int4 if policies[0] else None
     for other, policy in zip(args.compare, policies[1:]):

@@ -23,8 +23,8 @@ import baselines
 import routers
 from baselines import bootstrap, compare, interval, public
 from common import canvas, format_table
-from data import load_examples, load_text, text_examples, windows
-from evaluate import (METRICS, TASKS, TEXTS, WINDOW, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles,
+from data import load_text, text_examples, windows
+from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
                       summaries, variant, with_kv)
 from infer import generate
 from oracle import pieces
@@ -146,7 +146,7 @@ def depth(args):
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
     if task not in TEXTS:
         raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
-    text = load_text(args.file, None) if args.file else load_text("pydocs" if task == "lm" else task, "test", args.data_dir)
+    text = load_text(*source(args, task, "test"))
     passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
     asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
@@ -158,19 +158,21 @@ def depth(args):
         for kind, prompts in asked.items():
             states = torch.cat([generate(model, tokenizer, prompt, routed, 32, chat=bool(tokenizer.chat_template))["token_states"]
                                 for prompt in tqdm(prompts, desc=f"{name}, {kind}", leave=False)], 1)
-            if not states.shape[1]:
-                raise ValueError(f"{name} answers every request to {kind} with nothing; give more requests by --limit")
+            if not states.shape[1]:  # every answer is empty
+                continue
             blocks = (states[::half] > 0).sum(0).float()  # of whole blocks; a half counts as its attention
             cost = torch.tensor([mean_cost(one[:, None], costs) for one in states.T])
             both = lambda t: (t.mean().item(), t.var(correction=0).item())
             rows.append({"method": name, "kind": kind, "tokens": len(blocks), "blocks": both(blocks), "cost": both(cost)})
     cell = lambda r: "{:.2f}, {:.2f}; {:.2f}, {:.3f}".format(*r["blocks"], *r["cost"])
-    cells = [[kind, *(cell(r) for r in rows if r["kind"] == kind)] for kind in asked]
+    of = {(r["kind"], r["method"]): r for r in rows}
+    cells = [[kind, *(cell(of[kind, name]) if (kind, name) in of else "no answer" for name in contenders)] for kind in asked]
     figure, panels = canvas(11, 4, 2)
     for axes, key, what in zip(panels, ("blocks", "cost"), (f"blocks run, of {known.L}", "cost a block, bits / 4")):
         for n, name in enumerate(contenders):
-            means, variances = zip(*[r[key] for r in rows if r["method"] == name])
-            axes.errorbar([i + 0.15 * n for i in range(len(means))], means, [v**0.5 for v in variances], fmt="o", capsize=3, label=name)
+            points = [(i + 0.15 * n, *of[kind, name][key]) for i, kind in enumerate(asked) if (kind, name) in of]
+            places, means, variances = zip(*points) if points else ([], [], [])
+            axes.errorbar(places, means, [v**0.5 for v in variances], fmt="o", capsize=3, label=name)
         axes.set_xticks(range(len(asked)), asked)
         axes.set(ylabel=f"{what}: mean, deviation of tokens")
     axes.legend(fontsize="small")
@@ -227,10 +229,9 @@ def laco(model, samples, n):
 @torch.no_grad()
 def retain(args):
     tasks = [args.task] if args.task else folders(args, [t for t in TASKS if t != "mmlu_5shot"])
-    text_of = lambda task, split: load_text("pydocs" if task == "lm" else task, split, args.data_dir)
     for task in tasks:  # something is missing: say so before an hour's work
         rouge() if task == "cnn_dm" else None
-        text_of(task, "train"), text_of(task, "test")
+        load_text(*source(args, task, "train")), load_text(*source(args, task, "test"), task not in TEXTS)
     rows, short, n_of = [], {}, {}
     for task in tasks:
         default = 2 if task in TEXTS else 16
@@ -238,17 +239,11 @@ def retain(args):
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
+        examples = examples if task == "cnn_dm" else pieces(examples)
         if policy:
-            # priced on training examples like the test's: at one price short texts cost more than long ones
-            like = load_examples("pydocs" if task == "lm" else task, "train", tokenizer, 2 * default, min(WINDOW, model.config.block_size),
-                                 args.data_dir, known.samples.device, spread=True)
-            like = like if task == "cnn_dm" else pieces(like)
-            dash = dict(zip(asked, variant(policy, model, like, [L / (L - n) for n in asked])))
-        metric = metric_of(task)
-        if task == "cnn_dm":
-            examples = some_articles(args, 2)
-        else:
-            examples = pieces(examples)
+            # as in `frontier`, at the price that meets the cost on this text; summaries keep to it while they are generated
+            dash = dict(zip(asked, variant(policy, model, examples, [L / (L - n) for n in asked])))
+        examples, metric = some_articles(args, 2) if task == "cnn_dm" else examples, metric_of(task)
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
         ways = [("full model", 0, None)]  # method, blocks, policy
         for n in asked:
@@ -294,6 +289,6 @@ def retain(args):
     counts, numbers = ", ".join(f"{t} {n_of[t]}" for t in tasks), " and ".join(map(str, asked))
     caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {numbers} of {L} blocks skipped [95% "
                f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
-               f"ShortGPT's cost on training text. {made(there, policy)}")
+               f"ShortGPT's cost on this text. {made(there, policy)}")
     markdown = format_table(["method, blocks skipped", *tasks, "mean"], cells)
     publish(args, "retain", model, figure, caption=caption, markdown=markdown, rows=rows)

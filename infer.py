@@ -265,7 +265,7 @@ class Engine:
 def engine_for(model, policy, size):
     """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
     if policy is not None:
-        routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu)
+        routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
         known = type(policy) in (Fixed, ByPosition)  # others may decide by what they see
         if not (routed or known) or policy.kv != "fill" or len(policy.scale) != model.config.n_layer:
             return None
@@ -305,7 +305,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     step, token = torch.tensor([ids], device=device), None
 
     def sample(logits):
-        return int(torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator))
+        return int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1).cpu(), 1, generator=generator))
 
     while True:
         began = time.perf_counter()

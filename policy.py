@@ -59,7 +59,7 @@ def bit_costs(config, policy=None):
     return torch.tensor(halves) + torch.tensor([[router], [0.0]])
 
 
-def latency_costs(path, device):
+def latency_costs(path, device, fingerprint):
     """The latency cost that `python bench.py speed` measured: milliseconds a block and state, in units of a quarter of state 4.
 
     Returns costs (4,) with 4.0 for state 4, and what a token costs besides its blocks in the same units and summed over the
@@ -79,6 +79,8 @@ def latency_costs(path, device):
         raise ValueError(f"{path} holds no latency table ({e!r}); run python bench.py speed again") from None
     if result.get("device") != device_name(device):
         raise ValueError(f"{path} was measured on {result.get('device')}, this is {device_name(device)}; run python bench.py speed here")
+    if result.get("fingerprint") != fingerprint:
+        raise ValueError(f"{path} has the times of another model ({result.get('model')}); run python bench.py speed with this one")
     return costs, overhead
 
 

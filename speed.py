@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import canvas, device_name, format_table, pick_device, read_json, save_figure, save_result
 from data import load_text, text_examples
-from evaluate import publish
+from evaluate import policy_path, publish
 from infer import Engine, generate
 from model import LLM, check_gpu, load
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
@@ -119,15 +119,19 @@ def read_bandwidth(device="cpu"):
 
 
 def speed(args):
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: at least 1")
     if args.suite == "gpu":
         return speed_gpu(args)
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.bfloat16)
-    policy = Policy.load(args.policy).to(device)
+    policy = Policy.load(policy_path(args, "lm")).to(device)
     policy.check(model)
     model.quantize(real=True, int4=policy.int4)
     tokenizer.eos = ()  # every run makes all its tokens
     L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
+    if L < 3:
+        raise ValueError(f"{args.model} has {L} blocks; to time a skipped one, give a model of at least 3")
     text = load_text("pydocs", "test")
     ids = tokenizer.encode(text)
     prompt, long_prompt = tokenizer.decode(ids[:64]), tokenizer.decode(ids[: min(512, model.config.block_size - 8)])
@@ -199,7 +203,7 @@ def speed(args):
         "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
     caption = (f"Batch 1, prompt of 64 tokens, {tokens} new ones, median step, {args.rounds} alternating rounds, {threads} threads; the policy "
                f"was trained for --cost {policy.settings.get('cost', 'bits')}.")
-    publish(args, f"speed-{device.type}", model, speed_chart(result, device_name(device)), caption=caption, markdown=speed_tables(result),
+    publish(args, f"speed-{device.type}", model, speed_chart(result, model.name, device_name(device)), caption=caption, markdown=speed_tables(result),
             **result)
 
 
@@ -225,13 +229,13 @@ def speed_tables(r):
         f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
 
 
-def speed_chart(result, device):
+def speed_chart(result, model, device):
     rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
     figure, [axes] = canvas(8, 0.5 * len(rows) + 1.2)
     ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
     bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
     axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding SmolLM2-135M on {device}")
+    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {model} on {device}")
     axes.margins(x=0.1)
     return figure
 

@@ -13,7 +13,8 @@ import baselines
 from baselines import bootstrap, compare, interval, public
 from common import canvas, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
-from evaluate import ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, name_of, policy_path, publish, rank, variant
+from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, name_of, one_text, policy_path, publish, rank, rouge,
+                      source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits
 from quant import fake_quantize
@@ -25,7 +26,10 @@ from train import SHADES, calibrate_prices, profile, sensitivities
 
 
 def table(args):
-    for task in [args.task] if args.task else TASKS:
+    tasks = [args.task] if args.task else folders(args, TASKS) if args.data_dir else TASKS
+    if "cnn_dm" in tasks:
+        rouge()  # not installed: say so before an hour's work
+    for task in tasks:
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
         asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
         metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS)
@@ -100,17 +104,21 @@ SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
 @torch.no_grad()
 def frontier(args):
     """Nats lost and KL against speedup; same INT4 codes, same states, same keys and values, same a_i."""
-    task = "wikitext2" if args.data_dir else "pydocs"
-    model, tokenizer, policies, known, examples = at_hand(args, task.replace("pydocs", "lm"), 8, args.policy)
+    task = one_text(args)
+    if task not in TEXTS:
+        raise ValueError(f"frontier --task {task}: it measures text; give {', '.join(TEXTS)}")
+    model, tokenizer, policies, known, examples = at_hand(args, task, 8, policy_path(args, task))
     policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
+    if any(p.settings.get("cost") == "latency" for p in policies):
+        raise ValueError("frontier compares at equal cost in bits; train its policies without --cost latency")
     costs = known.costs
     speedups = [s for s in SPEEDUPS if s <= min(most_speedup(known.L, costs), *(p.prices[-1][0] for p in policies))]
 
     # The static side, on training text: KL of each block alone, and of whole plans
-    train_rows = windows(tokenizer, load_text(task, "train", args.data_dir), 4, min(512, size), task, spread=True).to(device)
-    search, choose = text_examples(train_rows[:1]), text_examples(train_rows[1:])
+    train_rows = windows(tokenizer, load_text(*source(args, task, "train")), 4, min(512, size), task, spread=True).to(device)
+    search, choose = text_examples(train_rows[:1]), text_examples(train_rows[1:] if len(train_rows) > 1 else train_rows)
 
     measure_on = lambda examples: baselines.measured_kl(model, examples, known.scale)
     alone = sensitivities(model, search, known.scale)
@@ -144,7 +152,7 @@ def frontier(args):
         [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}. Full model {rows[0]['nats']:.4f} nats. "
                "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
-               "plan of the column costs. Ratios with 95% intervals over windows.")
+               "plan of the column costs. 95% intervals over windows.")
     publish(args, f"frontier-{task}", model, frontier_chart(rows, task), caption=caption, markdown=markdown, tokens=tokens, budget=kept,
             rows=rows, policy={k: v for k, v in policy.settings.items() if "damage" not in k})
 
@@ -152,7 +160,9 @@ def frontier(args):
 def frontier_cells(rows, speedups):
     """A row a method, a column a speedup; under them what each policy keeps of what the best static plan loses at the same cost."""
     full = rows[0]
-    cell = lambda r: f"{r['nats'] - full['nats']:+.4f}, {r['kl']:.4f} ({r['speedup']:.2f}x)"
+    spans = lambda r: (*interval(r["each"]["nats"], full["each"]["nats"]), *interval(r["each"]["kl"]))
+    cell = lambda r: "{:+.4f} [{:+.4f}, {:+.4f}], {:.4f} [{:.4f}, {:.4f}] ({:.2f}x)".format(
+        r["nats"] - full["nats"], *spans(r)[:2], r["kl"], *spans(r)[2:], r["speedup"])
     of = {m: [r for r in rows if r["method"] == m] for m in dict.fromkeys(r["method"] for r in rows[3:])}
     cells = [[m, *map(cell, those)] for m, those in of.items()]
     lost = lambda r, key: [v - (f if key == "nats" else 0) for v, f in zip(r["each"][key], full["each"]["nats"])]
@@ -192,7 +202,8 @@ def budget(args, policy, task, speedups, tokens=512, prompt=32):
     model.quantize(real=True, int4=policy.int4)
     size = min(tokens + prompt, model.config.block_size)
     out = []
-    for n, example in enumerate(load_examples(task, "test", tokenizer, 3, size, args.data_dir, policy.costs.device, spread=True)):
+    name, split, folder = source(args, task, "test")
+    for n, example in enumerate(load_examples(name, split, tokenizer, 3, size, folder, policy.costs.device, spread=True, choice=False)):
         for speedup in speedups:
             row = {"text": f"{task}, {n + 1}", "asked": speedup}
             for way in ("fixed", "tracked"):
@@ -214,8 +225,8 @@ def budget(args, policy, task, speedups, tokens=512, prompt=32):
 @torch.no_grad()
 def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
-    task = args.task or "lm"
-    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), args.policy)
+    task = one_text(args)
+    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), policy_path(args, task))
     policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
     baselines.observe(known, model)
     choice = examples[0].choices is not None
@@ -240,8 +251,10 @@ def ablation(args):
     for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
         damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
         skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
-    model.head.weight = torch.nn.Parameter(fake_quantize(model.head.weight.detach(), 2))
+    head = model.head.weight
+    model.head.weight = torch.nn.Parameter(fake_quantize(head.detach(), 2))
     [int8] = compare(model, examples, [None])
+    model.head.weight = head
     markdown = "\n\n".join([
         format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *(cell(r) for r in rows if r["name"] == name)] for name in table]),
         *paper_tables("ablation"),
@@ -261,7 +274,7 @@ def figures(args):
     task = args.task or "arc_easy"
     if task in TEXTS:
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
-    model, tokenizer, policies, known, items = at_hand(args, task, 60, args.policy)
+    model, tokenizer, policies, known, items = at_hand(args, task, 60, policy_path(args, task))
     baselines.observe(known, model)
     source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
@@ -361,6 +374,8 @@ def figure4(args, model, policies, rows, similarity, what):
 def transfer(args):
     """The paper's Figure 5: a policy trained on each task, tested on each, by KL to the full model."""
     tasks = [t for t in TASKS if t != "mmlu_5shot"]
+    if args.data_dir:
+        tasks = folders(args, tasks)
     files = {t: policy_path(args, t) for t in tasks}
     there = {t: f for t, f in files.items() if Path(f).is_file()}
     if len(set(files.values())) < len(files) or not there:

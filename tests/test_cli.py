@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from conftest import script
+from conftest import script, tiny_folder
 from model import load
 from policy import Policy
 from weights import GGUF
@@ -20,7 +20,7 @@ from test_routing import random_policy
 def policy_file(tiny, tmp_path_factory):
     file = tmp_path_factory.mktemp("policy") / "policy.safetensors"
     policy = random_policy(load(str(tiny))[0], 0)
-    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"model": "tiny", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4,
+    policy.prices, policy.settings = [(1.2, 0.3), (4.0, 3.0)], {"model": "tiny", "objective": "fisher", "seed": 0, "data": "a text", "damage": [[9.0, 1.0, 0.1, 0.0]] * 4,
                                                                          "position_damage": [[[9.0, 1.0, 0.1, 0.0]] * 4] * 11}
     policy.save(file)
     return file
@@ -120,8 +120,10 @@ def test_train_the_base_too_and_load_it(tiny, some_text, tmp_path):
     assert done.returncode == 2 and "model.safetensors" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_frontier_and_report(tiny, some_text, tmp_path):
+def test_frontier_and_report(some_text, tmp_path):
     """The whole chain on a tiny model: two policies of one text, the comparison, its picture, and the README's table."""
+    tiny_folder(tmp_path / "short", max_position_embeddings=128)  # a quarter of the tokens to decode
+    tiny = tmp_path / "short"
     (tmp_path / "wikitext2").mkdir()
     for split in ("train", "test"):
         shutil.copy(some_text, tmp_path / "wikitext2" / f"{split}.txt")
@@ -135,6 +137,11 @@ def test_frontier_and_report(tiny, some_text, tmp_path):
     result = json.loads((tmp_path / "results" / "frontier-wikitext2.json").read_text())
     assert {"best static plan", "by position", "random states"} <= {r["method"] for r in result["rows"]}
     assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier-wikitext2.png").exists()
+
+
+def test_frontier_of_a_file(tiny, policy_file, some_text, tmp_path):
+    done = script("bench.py", "frontier", "--model", tiny, "--policy", policy_file, "--file", some_text, "--limit", 1, "--results", tmp_path)
+    assert done.returncode == 0 and "lm, test" in done.stdout and (tmp_path / "frontier-lm.json").exists(), done.stderr
 
 
 def test_bench_wikitext2_reads_the_data_folder(tiny, some_text, tmp_path):
@@ -231,6 +238,9 @@ FAULTS = [
     ("missing file", ["bench.py", "eval", "--file", "TMP/none.txt", "--method", "full", "--model", "MODEL"], None, "none.txt"),
     ("empty file", ["bench.py", "eval", "--file", "EMPTY", "--method", "full", "--model", "MODEL"], None, "empty"),
     ("binary file", ["bench.py", "eval", "--file", "JUNK", "--method", "full", "--model", "MODEL"], None, "UTF-8"),
+    ("a file for a task of its own", ["bench.py", "eval", "--task", "arc_easy", "--file", "TEXT", "--model", "MODEL"], None, "--file"),
+    ("a file for what reads none", ["bench.py", "transfer", "--file", "TEXT", "--model", "MODEL", "--results", "TMP/r"], None, "--file"),
+    ("frontier of items", ["bench.py", "frontier", "--task", "arc_easy", "--model", "MODEL", "--results", "TMP/r"], None, "measures text"),
     ("no windows", ["bench.py", "eval", "--file", "TEXT", "--method", "full", "--model", "MODEL", "--limit", 0], None, "limit"),
     ("no items file", ["bench.py", "eval", "--task", "mc", "--method", "full", "--model", "MODEL"], None, "--file"),
     ("items that are no items", ["bench.py", "eval", "--task", "mc", "--file", "TEXT", "--method", "full", "--model", "MODEL"], None, "line 1"),
@@ -280,7 +290,6 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
         pytest.skip("this machine has a GPU")
     folder = tiny
     if word == "trained for":
-        from conftest import tiny_folder
         tiny_folder(tmp_path, initializer_range=0.1)
         folder = tmp_path
     elif change:

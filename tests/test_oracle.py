@@ -157,7 +157,7 @@ def test_oracle(made, tiny, data):  # noqa: F811
         assert share == sorted(share, reverse=True) and share[-1] == pytest.approx(2 / LAYERS)
         assert r["blocks"] == pytest.approx(sum(share[k] for k in r["picked"]) / len(r["picked"])) and 2 / LAYERS <= r["luck"] <= 1
         assert all(r["score"][k][n] >= r["score"][0][n] for n, k in enumerate(r["picked"]))
-        assert set(r["saved"]) == {"all INT8", "policy"} and all(0 <= v < 1 for v in r["saved"].values())
+        assert set(r["saved"]) == {"all INT8", "policy", "policy, states 0 and 4"} and all(0 <= v < 1 for v in r["saved"].values())
 
 
 def test_oracle_without_a_policy(made, tiny):

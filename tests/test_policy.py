@@ -34,19 +34,21 @@ def test_speedup_in_bits_counts_every_token():
 def test_latency_cost_by_hand(tmp_path):
     table = {"0": 0.1, "1": 0.2, "2": 0.3, "4": 0.8, "overhead": 2.0, "decision": 0.2}
     file = tmp_path / "speed.json"
-    file.write_text(json.dumps({"device": device_name("cpu"), "latency_ms": table}))
-    costs, overhead = P.latency_costs(file, "cpu")
+    file.write_text(json.dumps({"device": device_name("cpu"), "fingerprint": "f", "model": "an owl", "latency_ms": table}))
+    costs, overhead = P.latency_costs(file, "cpu", "f")
     assert costs.tolist() == pytest.approx([0.5, 1.0, 1.5, 4.0]) and overhead == pytest.approx((10.0, 11.0))
     goal = P.goal_cost(2.0, 10, overhead)  # full: 8 + 2 ms, so routed may take 5 ms, of which 2.2 are no block's
     assert goal == pytest.approx((5 - 2.2) / 10 / 0.2)
     with pytest.raises(FileNotFoundError, match="bench.py speed"):
-        P.latency_costs(tmp_path / "none.json", "cpu")
+        P.latency_costs(tmp_path / "none.json", "cpu", "f")
+    with pytest.raises(ValueError, match="another model .an owl."):
+        P.latency_costs(file, "cpu", "g")
     file.write_text(json.dumps({"device": "an abacus", "latency_ms": table}))
     with pytest.raises(ValueError, match="abacus"):
-        P.latency_costs(file, "cpu")
+        P.latency_costs(file, "cpu", "f")
     file.write_text("{}")
     with pytest.raises(ValueError, match="bench.py speed"):
-        P.latency_costs(file, "cpu")
+        P.latency_costs(file, "cpu", "f")
 
 
 def test_scorer_eq_8_by_hand():

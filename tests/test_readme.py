@@ -13,6 +13,16 @@ def test_tables_are_those_of_results():
     assert render(TEXTS, ROOT / "results") == TEXTS, "run python bench.py report"
 
 
+def test_a_result_without_a_place_is_named(tmp_path):
+    (tmp_path / "results").mkdir()
+    for page, text in TEXTS.items():
+        (tmp_path / page).write_text(text, encoding="utf-8")
+    (tmp_path / "results" / "owl.json").write_text('{"caption": "An owl."}')
+    done = script("bench.py", "report", cwd=tmp_path)
+    assert done.returncode == 0 and "owl.json" in done.stdout, done.stderr
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == TEXTS["README.md"]
+
+
 def test_commands_take_the_options_that_the_readme_shows():
     lines = re.findall(r"python (?:train|infer|bench)\.py[^`\n|)&]*", "\n".join(TEXTS.values()))
     assert len(lines) > 5

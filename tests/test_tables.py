@@ -205,6 +205,13 @@ def test_articles(data, tmp_path):
         load_articles("cnn_dm", "test", tmp_path)
 
 
+def test_two_blocks_are_too_few(tmp_path):
+    tiny_folder(tmp_path, layers=2)
+    for command in ("bench.py", "hidden", "--results", tmp_path / "r"), ("train.py", "--objective", "gate-mlp", "--skip", 1, "--out", tmp_path / "o"):
+        done = script(*command, "--model", tmp_path)
+        assert done.returncode == 2 and "2 blocks" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 def test_rouge_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
