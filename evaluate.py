@@ -106,7 +106,7 @@ def with_kv(policy, kv):
     return policy
 
 
-def measured_speedup(model, tokenizer, policy, prompt, tokens=48, pairs=3):
+def measured_speedup(model, tokenizer, policy, prompt, tokens=32, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt

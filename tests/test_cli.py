@@ -137,11 +137,9 @@ def test_frontier_and_report(some_text, tmp_path):
     result = json.loads((tmp_path / "results" / "frontier-wikitext2.json").read_text())
     assert {"best static plan", "by position", "random states"} <= {r["method"] for r in result["rows"]}
     assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier-wikitext2.png").exists()
-
-
-def test_frontier_of_a_file(tiny, policy_file, some_text, tmp_path):
-    done = script("bench.py", "frontier", "--model", tiny, "--policy", policy_file, "--file", some_text, "--limit", 1, "--results", tmp_path)
-    assert done.returncode == 0 and "lm, test" in done.stdout and (tmp_path / "frontier-lm.json").exists(), done.stderr
+    done = script("bench.py", "frontier", "--model", tiny, "--policy", tmp_path / "a" / "policy.safetensors", "--file", some_text, "--limit", 1,
+                  cwd=tmp_path)
+    assert done.returncode == 0 and "lm, test" in done.stdout and (tmp_path / "results" / "frontier-lm.json").exists(), done.stderr
 
 
 def test_bench_wikitext2_reads_the_data_folder(tiny, some_text, tmp_path):
@@ -239,8 +237,8 @@ FAULTS = [
     ("empty file", ["bench.py", "eval", "--file", "EMPTY", "--method", "full", "--model", "MODEL"], None, "empty"),
     ("binary file", ["bench.py", "eval", "--file", "JUNK", "--method", "full", "--model", "MODEL"], None, "UTF-8"),
     ("a file for a task of its own", ["bench.py", "eval", "--task", "arc_easy", "--file", "TEXT", "--model", "MODEL"], None, "--file"),
-    ("a file for what reads none", ["bench.py", "transfer", "--file", "TEXT", "--model", "MODEL", "--results", "TMP/r"], None, "--file"),
-    ("frontier of items", ["bench.py", "frontier", "--task", "arc_easy", "--model", "MODEL", "--results", "TMP/r"], None, "measures text"),
+    ("a file for what reads none", ["bench.py", "transfer", "--file", "TEXT", "--model", "MODEL", "--results", "TMP"], None, "--file"),
+    ("frontier of items", ["bench.py", "frontier", "--task", "arc_easy", "--model", "MODEL", "--results", "TMP"], None, "measures text"),
     ("no windows", ["bench.py", "eval", "--file", "TEXT", "--method", "full", "--model", "MODEL", "--limit", 0], None, "limit"),
     ("no items file", ["bench.py", "eval", "--task", "mc", "--method", "full", "--model", "MODEL"], None, "--file"),
     ("items that are no items", ["bench.py", "eval", "--task", "mc", "--file", "TEXT", "--method", "full", "--model", "MODEL"], None, "line 1"),

@@ -55,6 +55,13 @@ def test_a_long_decode_does_not_drift(tiny):
 
 
 @torch.no_grad()
+def test_the_coldest_sampling_is_greedy(tmp_path):
+    tiny_folder(tmp_path, layers=2)
+    model, tokenizer = load(str(tmp_path))
+    cold, greedy = (generate(model, tokenizer, "the cat", None, 12, temperature=t)["tokens"] for t in (1e-40, 0))
+    assert cold == greedy
+
+
 def test_soak_of_ten_thousand_tokens(tmp_path):
     """24 prompts, 420 tokens each, routed at random and sampled: no tensor stays alive, and memory does not grow."""
     import gc

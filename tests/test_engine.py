@@ -12,7 +12,7 @@ import torch
 import quant
 import speed
 from conftest import script, tiny_folder
-from infer import Engine, bucket_of, generate
+from infer import Engine, bucket_of, engine_for, generate
 from model import check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
@@ -334,3 +334,12 @@ def test_on_a_gpu(tmp_path):
                     engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
             want = cpu(ids, fixed)[0, start:]
             assert (torch.stack(rows) - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_the_engine_is_for_policies_of_all_states(tmp_path):
+    tiny_folder(tmp_path)
+    model, _ = load(str(tmp_path))
+    policy, model.engine = random_policy(model, 0), SimpleNamespace(size=512)
+    assert engine_for(model, policy, 64) is model.engine
+    policy.allowed = (0, 4)
+    assert engine_for(model, policy, 64) is None

@@ -89,7 +89,7 @@ def policy(made):
 @pytest.mark.parametrize("command, with_policy", [("controllers", True), ("kv", False), ("depth", True), ("retain", True)])
 def test_commands(made, policy, tmp_path, command, with_policy):
     folder, _, files = made
-    more = ["--limit", 1] if command != "retain" else ["--limit", 4]
+    more = ["--limit", 1 if command != "retain" else 2]
     if command != "depth":  # that one on pydocs
         more += ["--data-dir", folder]
     done = script("bench.py", command, "--model", folder / "model", "--routers", *files, "--results", tmp_path, *more,
