@@ -648,7 +648,7 @@ def train_routers(args, device, text, model, tokenizer, read):
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     with start_log(out / "train.jsonl", checkpoint) as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
-    routers.calibrate(policy, model, examples[:: max(1, len(examples) // 8)][:8], args.skip)
+    routers.calibrate(policy, model, up_to(2 * LONG, read("train", 10**6 if is_choice(args.data) else 2, LONG)), args.skip)  # late tokens skip more
     policy.save(out / "router.safetensors")
 
     names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
