@@ -201,9 +201,10 @@ def multitoken(args):
     for r in rows:
         low, high = interval(*(torch.tensor(x["each"]).mean(0) for x in (r, rows[0])))
         mean = sum(r["after"]) / r["tau"] - rows[0]["after"][0]
-        cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{r['faster']:.2f}x",
-                      f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])
-    header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s", "passes", "blocks run a token"]
+        times = [a / b for a, b in zip(*r["tokens_per_second"].values())]
+        cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+                      f"{r['faster']:.2f}x [{min(times):.2f}, {max(times):.2f}]", f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])
+    header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s [of rounds]", "passes", "blocks run a token"]
     caption = (f"Direct multi-token decoding: {late} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
                f"{test.numel()} held-out tokens; 95% intervals over windows. Greedy decoding, fp32, {args.rounds} alternating rounds.")
     publish(args, "multitoken", model, chart(rows), caption=caption, markdown=format_table(header, cells), steps=args.steps, rows=rows)
