@@ -151,8 +151,6 @@ def load_items(name, split, data_dir=None):
             item["shots"] = [shot for shot in dev if shot.get("subject", "") == item.get("subject")][:5]
             if len(item["shots"]) < 5:
                 raise ValueError(f"mmlu's dev split has {len(item['shots'])} examples of {item.get('subject')!r}, mmlu_5shot needs 5")
-    if name in CHOICE_TASKS and data_dir is None:
-        random.Random(0).shuffle(items)  # the hub has mmlu subject by subject, and the first few are to stand for all
     if name in CHOICE_TASKS or split is None:
         return items
     cut = max(1, len(items) * 4 // 5)
@@ -245,7 +243,10 @@ def item_examples(tokenizer, items, longest, device):
 def load_examples(name, split, tokenizer, n, size, data_dir=None, device="cpu", spread=False, choice=None):
     """Up to n Examples of a task or file (see `load_text`): windows of `size` tokens, or items of at most `size` tokens."""
     if is_choice(name) if choice is None else choice:
-        return item_examples(tokenizer, load_items(name, split, data_dir)[:n], size, device)
+        items = load_items(name, split, data_dir)
+        if name in CHOICE_TASKS and data_dir is None:
+            random.Random(0).shuffle(items)  # the hub has mmlu subject by subject, and the first few are to stand for all
+        return item_examples(tokenizer, items[:n], size, device)
     return text_examples(windows(tokenizer, load_text(name, split, data_dir), n, size, name, spread).to(device))
 
 
