@@ -93,7 +93,9 @@ def without(known, blocks):
 
 
 def whole_skips(known, speedup):
-    return math.ceil(skips(known, speedup) - 1e-9)  # at least the speedup asked for
+    """The fewest blocks that give the speedup asked for, to two digits: 1.67 stands for 5/3."""
+    skips(known, speedup)  # out of reach: say so
+    return math.ceil(skips(known, max(1.0, speedup - 0.005)) - 1e-9)
 
 
 def by_similarity(known):
@@ -179,7 +181,7 @@ def adaskip(known, speedup):
     policy = AdaSkip(states, known.ratio.tolist(), 1.0)
     costs = bit_costs(known.config, policy)
     for i in similarity.argsort(descending=True).tolist():
-        if mean_cost(policy.given, costs) <= 4 / speedup:
+        if mean_cost(policy.given, costs) <= 4 / (speedup - 0.005):
             return policy
         policy.given[i], policy.threshold = 0, float(similarity[i])
     raise ValueError(f"speedup {speedup:g} is out of reach by skipping")

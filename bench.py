@@ -69,6 +69,8 @@ def render(pages, results):
         begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
         if not any(begin in text and end in text for text in pages.values()):
             continue
+        if not isinstance(r, dict) or not {"caption", "model", "weights", "device", "torch", "markdown"} <= r.keys():
+            raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
         made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
         pages = {page: text[: text.index(begin) + len(begin)] + made + text[text.index(end) :] if begin in text and end in text else text
                  for page, text in pages.items()}

@@ -138,7 +138,7 @@ def load_items(name, split, data_dir=None):
                 item = {"question": item["question"], "choices": item["choices"]["text"], "answer": labels.index(item["answerKey"])}
             choices, answer = item["choices"], item["answer"]
             texts = [item["question"], item.get("subject", ""), *choices]
-            if not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS) or "" in choices:
+            if type(choices) is not list or not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS) or "" in choices:
                 raise ValueError(f"question, subject or choices are no text, or not 2 to {len(LETTERS)} choices")
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError(f"answer {answer!r} is no index of the choices")

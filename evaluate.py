@@ -52,7 +52,7 @@ def folders(args, tasks):
     """Those of `tasks` that --data-dir has, or held-out pydocs where there is no such folder. ValueError when it has none."""
     if not args.data_dir:
         return ["lm"]
-    found = [t for t in tasks if (Path(args.data_dir) / t).is_dir()]
+    found = [t for t in tasks if (Path(args.data_dir) / t.removesuffix("_5shot")).is_dir()]
     if not found:
         raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
     return found
@@ -110,8 +110,11 @@ def measured_speedup(model, tokenizer, policy, prompt, tokens=32, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
-    ratios = []
-    routed = policy(torch.zeros(1, len(tokenizer.encode(prompt, add_special_tokens=True)) + tokens)) if callable(policy) else policy
+    ratios, routed = [], policy
+    if callable(policy):  # what it does along a text, all of it on the tokens that are timed
+        routed = policy(torch.zeros(1, tokens))
+        read = len(tokenizer.encode(prompt, add_special_tokens=True))
+        routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     for _ in range(pairs):
         speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
         ratios.append(speeds[0] / speeds[1])
@@ -190,6 +193,10 @@ def at_hand(args, task, default, path, needed=True):
     for other, policy in zip(args.compare, policies[1:]):
         if policy.int4 != int4:
             raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
+    for file, policy in zip([path, *args.compare], policies):
+        if policy:
+            names = [name_of(p) for p in policies if p]
+            policy.name = name_of(policy) + (f", {file}" if names.count(name_of(policy)) > 1 else "")
     model.quantize(int4=int4)
     known, context = known_of(model, policies[0], args.seed), model.config.block_size
     known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
@@ -221,6 +228,8 @@ def rank(args, task, asked, default, timed=True):
     found = compare(model, examples, policies) if task != "cnn_dm" else None
     if timed:
         del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the next model has to fit beside
         model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
         model.quantize(real=True, int4=int4)
     if task == "cnn_dm":
@@ -254,7 +263,12 @@ def name_of(policy):
 
 
 def variant(policy, model, examples, speedups, **change):
-    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked."""
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked. ValueError when
+    a speedup is out of reach."""
+    top = most_speedup(model.config.n_layer, bit_costs(model.config))
+    for s in speedups:
+        if not 1 <= s <= top:
+            raise ValueError(f"speedup {s:g} is out of reach: give 1 to {top:.2f}")
     policy = copy.copy(policy)
     for name, value in change.items():
         setattr(policy, name, value)

@@ -28,7 +28,7 @@ from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_te
                       summaries, variant, with_kv)
 from infer import generate
 from oracle import pieces
-from policy import bit_costs, mean_cost
+from policy import bit_costs, mean_cost, most_speedup
 
 
 def gates(args, model, *kinds):
@@ -54,8 +54,8 @@ def lost(row, full, key="nats"):
 
 def made(there, policy):
     """How the gates and DASH were trained, for a caption."""
-    how = sorted({f"{r.settings['steps']} steps on {r.settings['data']}" for r in there})
-    return f"Gates trained for {' or '.join(how)}" + (f", DASH on {policy.settings['data']}." if policy else ".")
+    how = dict.fromkeys(f"{r.kind} {r.settings['steps']} steps on {r.settings['data']}" for r in there)
+    return f"Gates trained: {', '.join(how)}" + (f", DASH on {policy.settings['data']}." if policy else ".")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -151,7 +151,8 @@ def depth(args):
     asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
-        contenders |= zip(("dash, 2.67x", "dash, 4x"), variant(policy, model, text_examples(known.samples[:8]), (2.67, 4.0)))
+        speedups = [s for s in (2.67, 4.0) if s <= most_speedup(known.L, known.costs)]
+        contenders |= zip((f"dash, {s:g}x" for s in speedups), variant(policy, model, text_examples(known.samples[:8]), speedups))
     rows = []
     for name, routed in contenders.items():
         costs, half = bit_costs(model.config, routed), len(routed.scale) // known.L
@@ -266,7 +267,7 @@ def retain(args):
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
-                paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else 1 + (a - b).mean(1) / whole
+                paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else (1 + (a - b).mean(1) / whole).clamp(min=0)
                 rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], full)}
     figure, panels = canvas(4 * len(tasks), 3.8, len(tasks))
     methods = dict.fromkeys(r["method"] for r in rows if r["skipped"])

@@ -168,20 +168,22 @@ def chart(rows):
 def multitoken(args):
     """Measure, train, measure again for each tau, from the same weights.
 
-    args: model, data_dir, steps, limit (test windows), rounds, out (folder of checkpoints), resume, results, seed, device. Rows of the
+    args: model, data_dir, task, steps, limit (test windows), full, rounds, out (folder of checkpoints), resume, results, seed, device. Rows of the
     result, one a tau: before, after: nats by place; each: after, by place and window; faster: tokens/s over the full model's, median of
     alternating rounds; passes, token_blocks: shares of L; text: greedy.
     """
     task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: at least 1")
+    if args.task not in (None, task):
+        raise ValueError(f"multitoken --task {args.task}: it trains on wikitext2 with --data-dir, else on pydocs; leave --task out")
     if args.steps < 1 or args.rounds < 1:
         raise ValueError(f"{args.steps} steps, {args.rounds} rounds: at least 1")
     text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
     model, tokenizer = load(args.model, device, torch.float32)
     size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
     train = windows(tokenizer, text, 10**6, size, task).to(device)
-    test = windows(tokenizer, held_out, args.limit or 16, size, task, spread=True).to(device)
+    test = windows(tokenizer, held_out, args.limit or (10**6 if args.full else 16), size, task, spread=True).to(device)
     settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint()}
     late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}

@@ -13,7 +13,7 @@ import baselines
 from baselines import bootstrap, compare, interval, public
 from common import canvas, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
-from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, name_of, one_text, policy_path, publish, rank, rouge,
+from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, one_text, policy_path, publish, rank, rouge,
                       source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits
@@ -140,7 +140,7 @@ def frontier(args):
         ways += [("random states", speedup, baselines.random_mix(known, speedup)), ("best static plan", speedup, plan),
                  ("by position", speedup, baselines.position_mix(known, speedup))]
         # the price is set just before each window
-        ways += [(name_of(p), speedup, lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu)) for p in policies]
+        ways += [(p.name, speedup, lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu)) for p in policies]
     rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
     policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
@@ -233,10 +233,10 @@ def ablation(args):
     of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
     table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
              "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
-             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {name_of(policy)}": of()}
+             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {policy.name}": of()}
     table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
               "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
-    table |= {name_of(p): of(p) for p in policies[1:]}
+    table |= {p.name: of(p) for p in policies[1:]}
     ways = [(name, s, p) for name, those in table.items() for s, p in zip(ASKED, those)]
     full, *found = compare(model, examples, [None, *(p for *_, p in ways)])
     key, unit = ("accuracy", 100) if choice else ("nats", 1)
@@ -358,8 +358,8 @@ def figure4(args, model, policies, rows, similarity, what):
         [p] = variant(p, model, text_examples(rows), [1.33], allowed=(0, 4))
         model.hidden(rows, p)
         rate = (p.states == 0).float().mean((1, 2)).tolist()
-        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=name_of(p))
-        early.append([name_of(p), *(f"{100 * v:.0f}%" for v in rate[1:9])])
+        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=p.name)
+        early.append([p.name, *(f"{100 * v:.0f}%" for v in rate[1:9])])
     last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x")
     last.legend()
     markdown = "\n\n".join([

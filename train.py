@@ -548,7 +548,7 @@ def arguments():
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
                    help="fisher labels, the paper's policy gradient, or the gates of routers.py")
     p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
-    p.add_argument("--samples", type=int, default=24, help="fisher: label this many times 1,024 tokens")
+    p.add_argument("--samples", type=int, default=12, help="fisher: label this many times 1,024 tokens")
     p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (150)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")

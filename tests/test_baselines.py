@@ -78,7 +78,7 @@ def test_speedups_are_those_asked_for(model, known, speedup):
             skipped = int((policy.states[:, 0, 0] == 0).sum())
             assert skipped == -(-L * (1 - 1 / speedup) // 1) and found == pytest.approx(L / (L - skipped))
         elif method == "adaskip":
-            assert speedup <= found < speedup * 1.25
+            assert speedup - 0.005 <= found < speedup * 1.25
         else:
             assert found == pytest.approx(speedup, rel=0.1 if method == "confident_exit" else 0.04), method
 
@@ -88,7 +88,7 @@ def test_unified_skip_is_spread_and_exact():
     for n in range(1, 31):
         skipped = (baselines.unified_skip(known, 32 / (32 - n)).given == 0).nonzero()[:, 0].tolist()
         gaps = [b - a for a, b in zip(skipped, skipped[1:])]
-        assert len(skipped) == n and 0 < min(skipped) and max(skipped) < 31 and (not gaps or max(gaps) - min(gaps) <= 1)
+        assert len(skipped) == n == baselines.whole_skips(known, round(32 / (32 - n), 2)) and 0 < min(skipped) and max(skipped) < 31 and (not gaps or max(gaps) - min(gaps) <= 1)
 
 
 def test_static_skip_takes_the_most_similar(known):

@@ -88,7 +88,8 @@ def test_reward_of_an_item_is_plus_or_minus_one(tiny):
 
 @pytest.mark.parametrize("line, word", [("{", "line 2"), ('{"question": "a", "choices": ["b"], "answer": 0}', "choices"),
                                         ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2"),
-                                        ('{"question": "a", "subject": 3, "choices": ["b", "c"], "answer": 1}', "subject")])
+                                        ('{"question": "a", "subject": 3, "choices": ["b", "c"], "answer": 1}', "subject"),
+                                        ('{"question": "a", "choices": {"text": "b", "label": "c"}, "answer": 1}', "choices")])
 def test_bad_items_are_named(tmp_path, line, word):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + line)

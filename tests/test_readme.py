@@ -11,6 +11,8 @@ TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 
 def test_tables_are_those_of_results():
     assert render(TEXTS, ROOT / "results") == TEXTS, "run python bench.py report"
+    shown = re.findall(r"<!-- ([\w-]+) -->\n(?!<!-- /)", "\n".join(TEXTS.values()))
+    assert len(shown) > 20 and all((ROOT / "results" / f"{name}.json").exists() for name in shown), shown
 
 
 def test_a_result_without_a_place_is_named(tmp_path):

@@ -98,9 +98,10 @@ def test_the_papers_numbers_are_not_ours():
 
 def test_ablation(made, data):
     done = bench_run(made, data, "ablation", "--limit", 2, "--policy", "out-wikitext2/policy.safetensors", "--compare", "other.safetensors",
-                     "rl.safetensors")
+                     "rl.safetensors", "out-mmlu/policy.safetensors")
     assert done.returncode == 0, done.stderr
     r = result(made, "ablation")
+    assert "| dash, horizon 6, seed 0, out-mmlu/policy.safetensors " in r["markdown"]  # two of one name: the file tells them apart
     for row in ("naive static", "a_i = 1", "norm ratio", "+ INT8", "+ INT4", "least-squares", "copied", "no K/V", "dash, horizon 0, seed 1",
                 "rl, horizon 1, seed 2, without lam, without w_i", "naive static skipping"):
         assert row in r["markdown"]
