@@ -106,7 +106,6 @@ def main():
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
-    p.add_argument("--model", default="smollm2")
     p.add_argument("--limit", type=int, help="windows of 1,024 tokens, items or articles, from the start; eval: default 8, 100 and 8")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
@@ -115,8 +114,6 @@ def main():
     p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--results", default="results", help="folder to write into")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
     if args.file:

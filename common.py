@@ -189,6 +189,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
+        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--device", default="auto")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")

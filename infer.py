@@ -370,7 +370,6 @@ def show_states(tokenizer, out, costs, color):
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
     p.add_argument("--prompt", default="The Python programming language is", help="text to continue")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
     p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py")
@@ -378,8 +377,6 @@ def arguments():
     p.add_argument("--full", action="store_true", help="no policy: every block as loaded")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
     p.add_argument("--sync", action="store_true", help="on a GPU: decide on the stream that runs the blocks, not beside it")
     p.add_argument("--show-states", action="store_true", help="colour tokens by cost and draw the path of each")
     p.add_argument("--json", action="store_true", help="print one JSON object on the last line")

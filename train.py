@@ -539,7 +539,6 @@ def plot(path, log, states, names, rows):
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
     p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
     p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
@@ -556,8 +555,6 @@ def arguments():
     p.add_argument("--beta", type=float, help="rl: weight of the efficiency reward (Eq 12); default four times the static plan's price")
     p.add_argument("--no-weights", action="store_true", help="rl: w_i = 1 for every block (Eq 14 left out)")
     p.add_argument("--out", default="out", help="folder to write into")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="auto")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return p.parse_args()
 
