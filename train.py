@@ -66,21 +66,15 @@ def profile(model, tokens):
     Returns a dict of (L,) fp64 tensors: "similarity" mean cosine(x, y) (Eq 1-2), "least_squares" sum<x,y>/sum<x,x> and
     "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean", "std" of the RMS-normed x.
     """
-    sums = [dict.fromkeys(("n", "cos", "xy", "xx", "ratio", "x", "x2"), 0.0) for _ in model.blocks]
-    for rows in tqdm(tokens.split(8), desc="calibrate", leave=False):
-        for s, (x, _, y) in zip(sums, model.block_by_block(rows)):
-            # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
-            x, y = (t.view(*rows.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
-            normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-            new = {"n": len(x), "cos": F.cosine_similarity(x, y).sum(), "xy": (x * y).sum(), "xx": (x * x).sum(),
-                   "ratio": (y.norm(dim=1) / x.norm(dim=1)).sum(), "x": normed.sum(0), "x2": normed.square().sum(0)}
-            for key, value in new.items():
-                s[key] = s[key] + value
-    stack = lambda f: torch.stack([torch.as_tensor(f(s)) for s in sums]).cpu()
-    mean = stack(lambda s: s["x"] / s["n"])
-    return {"similarity": stack(lambda s: s["cos"] / s["n"]), "least_squares": stack(lambda s: s["xy"] / s["xx"]),
-            "norm_ratio": stack(lambda s: s["ratio"] / s["n"]), "mean": mean,
-            "std": (stack(lambda s: s["x2"] / s["n"]) - mean.square()).clamp(min=1e-12).sqrt()}
+    found = []
+    for x, _, y in tqdm(model.block_by_block(tokens), desc="calibrate", total=len(model.blocks), leave=False):
+        # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
+        x, y = (t.view(*tokens.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
+        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        found.append({"similarity": F.cosine_similarity(x, y).mean(), "least_squares": (x * y).sum() / (x * x).sum(),
+                      "norm_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(), "mean": normed.mean(0),
+                      "std": normed.std(0, correction=0).clamp(min=1e-6)})
+    return {key: torch.stack([f[key] for f in found]).cpu() for key in found[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------
