@@ -85,7 +85,7 @@ def read_safetensors(path, maker="python train.py"):
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is truncated or not ours ({e}); make it anew with {maker}") from None
+        raise ValueError(f"{path} is damaged or not ours ({e}); delete it and make it anew with {maker}") from None
 
 
 def read_json(path):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import read_json
+from common import read_json, read_safetensors
 from quant import unpack_nibbles
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
@@ -232,18 +232,10 @@ def fetch_from_hub(name):
 
 def read_codes(path, device):
     """Cached INT4 codes -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the path and the remedy."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the INT4 weights that this policy was trained with; make them again with train.py")
-    try:
-        tensors = {k: t.to(device) for k, t in load_file(path).items()}
-        names = {k.rsplit(".", 1)[0] for k in tensors}
-        width = lambda n: int(tensors[n + ".width"])
-        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} is damaged ({e}); delete it and run train.py again") from None
+    tensors = {k: t.to(device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
+    names = {k.rsplit(".", 1)[0] for k in tensors}
+    width = lambda n: int(tensors[n + ".width"])
+    return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
 
 
 # The default model: a real LLM inside a PyPI package, so that the first run needs no hub.
