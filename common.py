@@ -134,6 +134,14 @@ class Checkpoint:
                 self.write(step + 1, parameters | adam | {"generator": generator.get_state()}, **more())
 
 
+def descend(loss, optimizer, parameters):
+    """One step of an optimizer down a loss, the gradient clipped to a norm of 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Results
 

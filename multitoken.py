@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import interval
-from common import Checkpoint, canvas, format_table, lock_folder, pick_device
+from common import Checkpoint, canvas, descend, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import publish
 from model import KVCache, load
@@ -141,10 +141,7 @@ def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
         logits = model.head(hidden(model, batch, tau, late, phase)[:, :-1]).float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, parameters.values())
         bar.set_postfix(ce=f"{loss.item():.3f}")
     for p in parameters.values():
         p.requires_grad_(False)

@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import read_safetensors, write_safetensors
+from common import descend, read_safetensors, write_safetensors
 from data import kl, outcomes
 from policy import Policy
 
@@ -198,10 +198,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
             loss = kl(full, logp).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, parameters.values())
         closed = torch.stack(policy.seen)[:, keep] <= policy.threshold
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).float().mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])

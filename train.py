@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
-from common import (BEGAN, Checkpoint, Parser, canvas, command_line, lock_folder, pick_device, save_figure, save_result, write_safetensors,
-                    write_whole)
+from common import (BEGAN, Checkpoint, Parser, canvas, command_line, descend, lock_folder, pick_device, save_figure, save_result,
+                    write_safetensors, write_whole)
 from data import Example, is_choice, kl, load_examples, load_text, outcomes, text_examples, windows
 from model import load
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket, goal_cost,
@@ -303,10 +303,7 @@ def fit(scorer, labels, inputs, horizon, seed, epochs=8, batch=64, lr=1e-3):
                 these = slice(blocks[0] - 1, blocks[-1])
                 r = scorer.log_damage(f[rows, None].float(), blocks)[:, 0, :, :, :3].mean(2) - mean[these].log()
                 loss = loss + ((r + y[rows, these] * (-r).exp()) * weight[these]).sum((1, 2)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
-            optimizer.step()
+            descend(loss, optimizer, scorer.parameters())
             schedule.step()
             losses.append(loss.item())
         log.append({"epoch": epoch, "loss": sum(losses) / len(losses)})
@@ -482,10 +479,7 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
         loss = total_loss(F.nll_loss(logp, right), 0.0, ALPHA)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
+        descend(loss, optimizer, weights.values())
         bar.set_postfix(ce=f"{loss.item():.3f}")
     for linear, _ in linears.values():
         linear.weight.requires_grad_(False).copy_(linear.weight.bfloat16())  # as it will be saved
