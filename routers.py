@@ -203,7 +203,6 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).float().mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")
-        log.flush()
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
     policy.gates.requires_grad_(False)
     policy.generator = None

@@ -388,7 +388,6 @@ def learn(policy, model, examples, beta, unit, steps, target_cost, checkpoint, l
         policy.mu += 0.5 * unit * (mean(costs) - target_cost)  # ours: the price holds the sampled cost at the target
         line = {"step": step, "r_acc": mean(gained), "cost": mean(costs), "mu": policy.mu, "tau": policy.tau, "loss": sum(losses)}
         log.write(json.dumps(line) + "\n")
-        log.flush()
         bar.set_postfix(r_acc=f"{line['r_acc']:+.4f}", cost=f"{line['cost']:.2f}")
     policy.tau = None
 
@@ -595,7 +594,7 @@ def start_log(path, checkpoint):
     """The log of a run without the lines that a killed run wrote after its checkpoint."""
     kept = path.read_text().splitlines()[: checkpoint.meta["step"]] if checkpoint.meta["step"] else []
     write_whole(path, "".join(line + "\n" for line in kept).encode())
-    return open(path, "a")
+    return open(path, "a", buffering=1)  # a line is out as soon as it is written
 
 
 def report(out, names, rows, states, test, args, device, model, settings, how, wrote):
