@@ -13,7 +13,6 @@ LayerSkip's own training with an exit loss is not repeated: its exit is on the m
 
 import copy
 import random
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from data import load_text, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
                       summaries, variant, with_kv)
 from infer import generate
+from model import with_blocks
 from oracle import pieces
 from policy import bit_costs, mean_cost, most_speedup
 
@@ -194,14 +194,6 @@ def merge(blocks, i, n):
     for name, p in block.named_parameters():
         p.copy_(p + sum(other[name] - p for other in later))
     return [*blocks[:i], block, *blocks[i + 1 + n :]]
-
-
-def with_blocks(model, blocks):
-    """The model with other blocks; all else is shared."""
-    other = copy.copy(model)
-    other._modules = dict(model._modules) | {"blocks": torch.nn.ModuleList(blocks)}
-    other.config, other.engine = replace(model.config, n_layer=len(blocks)), None
-    return other
 
 
 def laco(model, samples, n):

@@ -17,10 +17,11 @@ one by one through the cache, logits and decisions are the same (tests/test_rout
 states of their own: a policy with 2 L scales has 2 L rows of states, attention and MLP of each block in turn.
 """
 
+import copy
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -338,6 +339,14 @@ class LLM(nn.Module):
             sample = p.detach().flatten()[:: max(1, p.numel() // 1024)].bfloat16().view(torch.int16)
             digest.update(name.encode() + sample.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def with_blocks(model, blocks):
+    """The model with other blocks; all else is shared."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules) | {"blocks": nn.ModuleList(blocks)}
+    other.config, other.engine = replace(model.config, n_layer=len(blocks)), None
+    return other
 
 
 # ----------------------------------------------------------------------------------------------------------

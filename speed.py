@@ -3,12 +3,10 @@
 Contenders run in turn, round after round, in one process; a figure is the median over rounds, a comparison the median of the ratios.
 """
 
-import copy
 import gc
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ from common import canvas, device_name, format_table, pick_device, read_json, sa
 from data import load_text, text_examples
 from evaluate import policy_path, publish
 from infer import Engine, generate
-from model import LLM, check_gpu, load
+from model import LLM, check_gpu, load, with_blocks
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
 from quant import CHOSEN
 from train import calibrate_prices
@@ -285,9 +283,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     """Everything that is measured for one shape: a dict for results/."""
     model, L = random_model(name, config, device), config.n_layer
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
-    half = copy.copy(model)  # the first half of the blocks, to tell what a token takes besides them
-    half.config, half._modules, half.engine = replace(config, n_layer=L // 2), dict(model._modules), None
-    half.blocks = model.blocks[: L // 2]
+    half = with_blocks(model, model.blocks[: L // 2])  # to tell what a token takes besides its blocks
     for m in (model, half):  # also on the CPU, where its graphs are direct calls
         m.engine = Engine(m, context + tokens)
     run = lambda policy=None, m=model, **options: generate(m, IDS, ids.tolist(), policy, tokens, **options)
