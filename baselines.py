@@ -319,11 +319,18 @@ def bootstrap(statistic, *values, draws=2000):
     return found.quantile(0.025).item(), found.quantile(0.975).item()
 
 
-def interval(values, base=None, draws=2000):
+def interval(values, base=None):
     """95% interval of the mean of values (n,), or of their mean paired difference to base (n,): (low, high)."""
     if base is None:
-        return bootstrap(lambda v: v.mean(1), values, draws=draws)
-    return bootstrap(lambda a, b: (a - b).mean(1), values, base, draws=draws)
+        return bootstrap(lambda v: v.mean(1), values)
+    return bootstrap(lambda a, b: (a - b).mean(1), values, base)
+
+
+def spread(values, base=None, unit=1, form=".4f"):
+    """The mean of values (n,), or of their paired difference to base (n,), with its 95% interval, as text."""
+    low, high = interval(values, base)
+    mean = sum(map(float, values)) / len(values) - (0 if base is None else sum(map(float, base)) / len(base))
+    return f"{unit * mean:{form}} [{unit * low:{form}}, {unit * high:{form}}]"
 
 
 def public(row):
@@ -336,9 +343,8 @@ def comparison_table(names, rows, choice=False):
     key, unit, digits = ("accuracy", 100, 1) if choice else ("nats", 1, 4)
     cells = []
     for name, r in zip(names, rows):
-        low, high = interval(r["each"][key], rows[0]["each"][key])
-        change = f"{unit * (r[key] - rows[0][key]):+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
-        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change if r is not rows[0] else "", f"{r['kl']:.4f}",
+        change = spread(r["each"][key], rows[0]["each"][key], unit, f"+.{digits}f") if r is not rows[0] else ""
+        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change, f"{r['kl']:.4f}",
                       f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])
     return format_table(["", "speedup in bits", "accuracy, %" if choice else "nats", "change", "KL to full", "top-1 agreement",
                          "skip, INT4, INT8, full"], cells)

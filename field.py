@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import baselines
 import routers
-from baselines import bootstrap, compare, interval, public
+from baselines import bootstrap, compare, public, spread
 from common import canvas, format_table
 from data import load_text, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
@@ -46,10 +46,9 @@ def gates(args, model, *kinds):
     return sorted(found, key=lambda r: (r.settings["skip"], kinds.index(r.kind)))
 
 
-def lost(row, full, key="nats"):
-    """What a row of `compare` lost against the full model's, with its 95% interval over examples, as text."""
-    low, high = interval(row["each"][key], full["each"][key])
-    return f"{row[key] - full[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
+def lost(row, full):
+    """The nats that a row of `compare` lost against the full model's, with their 95% interval over examples, as text."""
+    return spread(row["each"]["nats"], full["each"]["nats"], form="+.3f")
 
 
 def made(there, policy):

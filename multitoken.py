@@ -29,7 +29,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from baselines import interval
+from baselines import spread
 from common import Checkpoint, canvas, descend, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import publish
@@ -198,10 +198,9 @@ def multitoken(args):
         model.blocks[-late:].load_state_dict(start)
     cells, places = [], lambda nats: " ".join(f"{v:.3f}" for v in nats)
     for r in rows:
-        low, high = interval(*(torch.tensor(x["each"]).mean(0) for x in (r, rows[0])))
-        mean = sum(r["after"]) / r["tau"] - rows[0]["after"][0]
+        change = spread(*(torch.tensor(x["each"]).mean(0) for x in (r, rows[0])), form="+.3f")
         times = [a / b for a, b in zip(*r["tokens_per_second"].values())]
-        cells.append([r["tau"], places(r["before"]), places(r["after"]), f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+        cells.append([r["tau"], places(r["before"]), places(r["after"]), change,
                       f"{r['faster']:.2f}x [{min(times):.2f}, {max(times):.2f}]", f"{100 * r['passes']:.1f}%", f"{100 * r['token_blocks']:.1f}%"])
     header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s [of rounds]", "passes", "blocks run a token"]
     caption = (f"Direct multi-token decoding: {late} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "

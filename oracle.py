@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import baselines
-from baselines import interval
+from baselines import interval, spread
 from common import canvas, format_table
 from data import outcomes, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
@@ -44,12 +44,6 @@ def pieces(examples):
         return examples
     size = min(PIECE, examples[0].rows.shape[1])
     return text_examples(torch.cat([row for e in examples for row in e.rows.split(size, 1) if row.shape[1] == size]))
-
-
-def spread(values, unit=1, form=".1f"):
-    """Values (n,) -> their mean and its 95% interval, as text."""
-    low, high = interval(values)
-    return f"{unit * values.mean():{form}} [{unit * low:{form}}, {unit * high:{form}}]"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -91,7 +85,7 @@ def hidden(args):
     holds = "holds" if gaps and surely == len(gaps) else "holds in part" if closer else "does not hold"
     said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} "
             f"of them by more than the 95% interval: that skipping beats exiting {holds} here.")
-    tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *(spread(v, 1, ".4f") for v in three)] for k, three in zip(kept, found)])]
+    tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *map(spread, three)] for k, three in zip(kept, found)])]
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
                "state to the full model's [95% interval over sequences]. ")
     (figure, (left, right)), rows = canvas(11, 4.2, 2), []
@@ -108,8 +102,8 @@ def hidden(args):
             right.plot(*zip(*[(100 / r["speedup"], 100 * r["rougeL"]) for r in rows[:1] + lines[way]]), marker="o", label=way)
         right.legend()
         uniform, exit = (torch.tensor([r["each"]["rougeL"] for r in lines[way]]).mean(0) for way in WAYS[:2])
-        said += f" Rouge-L of its summaries less that of exiting, mean of the columns below: {spread(uniform - exit, 100, '+.1f')} points."
-        cell = lambda r: f"{spread(torch.tensor(r['each']['rougeL']), 100)} ({100 / r['speedup']:.0f}%)"
+        said += f" Rouge-L of its summaries less that of exiting, mean of the columns below: {spread(uniform, exit, 100, '+.1f')} points."
+        cell = lambda r: f"{spread(r['each']['rougeL'], None, 100, '.1f')} ({100 / r['speedup']:.0f}%)"
         cells = [[way, *map(cell, line), *[""] * (len(few) - len(line))] for way, line in lines.items()]
         tables.append(format_table(["blocks skipped", *few], cells))
     caption += (f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)." if articles
@@ -217,7 +211,7 @@ def allocate(args, task):
     rows += [("the nearest path for all", cost[near], change[near]), ("all INT8", cost[P], change[P])]
     names = [f"policy, {s:g}x asked" for s in asked] + [f"policy, states 0 and 4, {s:g}x" for s in SKIPPING if policy]
     rows += zip(names, cost[P + 1 :], change[P + 1 :])
-    cells = [[name, spread(c, 100), spread(d, 1, form)] for name, c, d in rows]
+    cells = [[name, spread(c, None, 100, ".1f"), spread(d, None, 1, form)] for name, c, d in rows]
     split = P + 1 + len(asked)
     best = {name: saved(cost[those], change[those]) if len(cost[those]) else None for name, those in
             (("all INT8", slice(P, P + 1)), ("policy", slice(P + 1, split)), ("policy, states 0 and 4", slice(split, None)))}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare, interval, public
+from baselines import bootstrap, compare, interval, public, spread
 from common import canvas, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, one_text, policy_path, publish, rank, rouge,
@@ -160,9 +160,7 @@ def frontier(args):
 def frontier_cells(rows, speedups):
     """A row a method, a column a speedup; under them what each policy keeps of what the best static plan loses at the same cost."""
     full = rows[0]
-    spans = lambda r: (*interval(r["each"]["nats"], full["each"]["nats"]), *interval(r["each"]["kl"]))
-    cell = lambda r: "{:+.4f} [{:+.4f}, {:+.4f}], {:.4f} [{:.4f}, {:.4f}] ({:.2f}x)".format(
-        r["nats"] - full["nats"], *spans(r)[:2], r["kl"], *spans(r)[2:], r["speedup"])
+    cell = lambda r: (f"{spread(r['each']['nats'], full['each']['nats'], form='+.4f')}, {spread(r['each']['kl'])} ({r['speedup']:.2f}x)")
     of = {m: [r for r in rows if r["method"] == m] for m in dict.fromkeys(r["method"] for r in rows[3:])}
     cells = [[m, *map(cell, those)] for m, those in of.items()]
     lost = lambda r, key: [v - (f if key == "nats" else 0) for v, f in zip(r["each"][key], full["each"]["nats"])]
@@ -242,10 +240,7 @@ def ablation(args):
     key, unit = ("accuracy", 100) if choice else ("nats", 1)
     rows = [{"name": name, "target": s} | public(r) for (name, s, _), r in zip(ways, found)]
 
-    def cell(r):
-        low, high = interval(r["each"][key], full["each"][key])
-        return f"{unit * (r[key] - full[key]):+.3g} [{unit * low:+.3g}, {unit * high:+.3g}] ({r['speedup']:.2f}x)"
-
+    cell = lambda r: f"{spread(r['each'][key], full['each'][key], unit, '+.3g')} ({r['speedup']:.2f}x)"
     few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
     skip, least = {}, forms["least_squares"].tolist()
     for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
@@ -326,8 +321,7 @@ def figure2(args, model, known, rows, similarity, what):
         here = of_tokens[:, kind == k]
         if here.shape[1]:
             axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
-            low, high = interval(here[skipped].mean(0), draws=500)
-            cells.append([name, here.shape[1], f"{here.mean():.4f}", f"{here[skipped].mean():.4f} [{low:.4f}, {high:.4f}]"])
+            cells.append([name, here.shape[1], f"{here.mean():.4f}", spread(here[skipped].mean(0))])
     axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
     axes.legend()
     header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
