@@ -208,9 +208,8 @@ class Engine:
         if len(self.path) == i:
             self.take()
         s = self.path[i]
-        kind = (self.policy.scale[i],) if s == 0 else (bucket_of(self.length),)  # a skip reads no keys
-        size, scale = (self.size, *kind) if s == 0 else (*kind, 1.0)
-        self.graph((i, s, *kind), self.main, self.run_block, i, s, size, scale)()
+        size, scale = (bucket_of(self.length), 1.0) if s else (self.size, self.policy.scale[i])  # a skip reads no keys
+        self.graph((i, s, scale, size), self.main, self.run_block, i, s, size, scale)()
         if blocks and not first:  # the block first: its launch must not wait for the scorer's
             self.ask(i, blocks)
 
@@ -346,15 +345,6 @@ def paint(text, state, color):
     return f"{COLORS[state]}{text}{RESET}" if color and text else text
 
 
-def nearest_state(cost):
-    return min(COLORS, key=lambda s: abs(s - cost))
-
-
-def strip(states, color):
-    """One token's path, a character a block: '.' skip, 1 INT4, 2 INT8, 4 full."""
-    return "".join(paint("." if s == 0 else str(s), s, color) for s in states)
-
-
 def show_states(tokenizer, out, costs, color):
     width = shutil.get_terminal_size().columns
     legend = "  ".join(paint(word, s, color) for word, s in ((". skip", 0), ("1 INT4", 1), ("2 INT8", 2), ("4 full", 4)))
@@ -362,7 +352,8 @@ def show_states(tokenizer, out, costs, color):
     for token, states in zip(out["tokens"], out["token_states"].T.tolist()):
         cost = mean_cost(torch.tensor(states), costs)
         line = f" {cost:4.2f}  {json.dumps(tokenizer.decode([token]), ensure_ascii=False)}"
-        print(f"{strip(states, color)}{line[: max(20, width - len(states))]}")
+        path = "".join(paint(".12 4"[s], s, color) for s in states)
+        print(f"{path}{line[: max(20, width - len(states))]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -387,8 +378,6 @@ def main():
     args = arguments()
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    if not args.prompt:
-        raise ValueError("the prompt is empty; give some text with --prompt")
     try:
         args.prompt.encode()
     except UnicodeEncodeError as e:
@@ -403,7 +392,8 @@ def main():
     costs, color = bit_costs(model.config), sys.stdout.isatty()
 
     def stream(token, text, states):
-        print(paint(text, nearest_state(mean_cost(states, costs)), color and args.show_states), end="", flush=True)
+        cost = mean_cost(states, costs)
+        print(paint(text, min(COLORS, key=lambda s: abs(s - cost)), color and args.show_states), end="", flush=True)
 
     print(paint(args.prompt, 0, color), end="\n" if args.chat else "", flush=True)
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
