@@ -6,6 +6,7 @@
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import json
@@ -72,6 +73,15 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def refusing(path, what, remedy):
+    """Whatever goes wrong inside over what a file holds becomes a ValueError of one line: path, what it is not, why, the remedy."""
+    try:
+        yield
+    except (SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} {what} ({' '.join(str(e).split())[:200]}); {remedy}") from None
+
+
 def write_safetensors(path, tensors, **meta):
     """Write {name: tensor} whole or not at all, with JSON under the key "dash": one key, since the order of several is not fixed."""
     write_whole(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"dash": json.dumps(meta)}))
@@ -81,11 +91,8 @@ def read_safetensors(path, maker="python train.py"):
     """What `write_safetensors` wrote -> (tensors, meta). Errors name the path, and the command that makes such a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; make it with {maker}")
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged or not ours ({e}); delete it and make it anew with {maker}") from None
+    with refusing(path, "is damaged or not ours", f"delete it and make it anew with {maker}"), safe_open(path, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
 
 
 def read_json(path):

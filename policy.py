@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import device_name, read_safetensors, write_safetensors
+from common import device_name, read_safetensors, refusing, write_safetensors
 
 STATES = torch.tensor([0, 1, 2, 4])  # index -> state
 INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
@@ -67,7 +67,7 @@ def latency_costs(path, device, fingerprint):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: --cost latency needs the measured times; run python bench.py speed first")
-    try:
+    with refusing(path, "holds no latency table", "run python bench.py speed again"):
         result = json.loads(Path(path).read_text())
         table = result["latency_ms"]
         unit = table["4"] / 4
@@ -75,8 +75,6 @@ def latency_costs(path, device, fingerprint):
         overhead = (table["overhead"] / unit, (table["overhead"] + table["decision"]) / unit)
         if not costs.isfinite().all() or not (costs > 0).all():
             raise ValueError("times are not positive")
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path} holds no latency table ({e!r}); run python bench.py speed again") from None
     if result.get("device") != device_name(device):
         raise ValueError(f"{path} was measured on {result.get('device')}, this is {device_name(device)}; run python bench.py speed here")
     if result.get("fingerprint") != fingerprint:
@@ -399,7 +397,7 @@ class Policy:
     def load(cls, path):
         """Read a policy file. FileNotFoundError or ValueError names the path and the remedy."""
         tensors, meta = read_safetensors(path)
-        try:
+        with refusing(path, "is not a policy that we can use", "train one with python train.py"):
             L, [width] = len(meta["scale"]), tensors["mean"].shape
             scorer = Scorer(L, width, float(meta["lam"]))
             scorer.load_state_dict(tensors)
@@ -413,9 +411,6 @@ class Policy:
                 raise ValueError("prices out of order")
             if not all(t.isfinite().all() for t in tensors.values()) or not (scorer.std > 0).all():
                 raise ValueError("a tensor has values that are not finite")
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise ValueError(f"{path} is not a policy that we can use ({reason}); train one with python train.py") from None
         return policy
 
 

@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import descend, read_safetensors, write_safetensors
+from common import descend, read_safetensors, refusing, write_safetensors
 from data import kl, outcomes
 from policy import Policy
 
@@ -148,7 +148,7 @@ class Router:
 def load(path):
     """Read what `Router.save` wrote -> Router. FileNotFoundError or ValueError names the path and the remedy."""
     tensors, meta = read_safetensors(path)
-    try:
+    with refusing(path, "holds no gates that we can use", "train them with train.py --objective flexidepth"):
         kind, size = meta["router"], [int(n) for n in meta["size"]]
         if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 4 <= size[0] <= 1000:
             raise ValueError("values out of range")
@@ -161,9 +161,6 @@ def load(path):
             raise ValueError("settings of the wrong kind")
         if not math.isfinite(policy.threshold) or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("a value is not finite")
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError, OverflowError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} holds no gates that we can use ({reason}); train them with train.py --objective flexidepth") from None
     return policy
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
-from common import read_json, read_safetensors
+from common import read_json, read_safetensors, refusing
 from quant import unpack_nibbles
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
@@ -158,8 +159,6 @@ class Shards:
     """The tensors of one or several safetensors files by name, read one at a time."""
 
     def __init__(self, folder):
-        from safetensors import SafetensorError, safe_open
-
         index = folder / "model.safetensors.index.json"
         files = {folder / "model.safetensors"}
         if index.exists():
@@ -172,10 +171,8 @@ class Shards:
         for file in sorted(files):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing; download the model again, with its weights as safetensors")
-            try:
+            with refusing(file, "is truncated or corrupt", "download it again"):
                 shard = safe_open(file, "pt")
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{file} is truncated or corrupt ({e}); download it again") from None
             self.where |= {name: shard for name in shard.keys()}
 
     def keys(self):
