@@ -155,8 +155,8 @@ def our_names(c, tensors, dtype, device, where):
     return out
 
 
-class Shards:
-    """The tensors of one or several safetensors files by name, read one at a time."""
+class Shards(dict):
+    """{name of a tensor: the safetensors file that has it, open}; `pop` reads the tensor, so one at a time."""
 
     def __init__(self, folder):
         index = folder / "model.safetensors.index.json"
@@ -167,19 +167,15 @@ class Shards:
             if not isinstance(names, dict) or not all(map(inside, names.values())):
                 raise ValueError(f"{index}: weight_map must give names of safetensors files inside the model folder")
             files = {folder / f for f in names.values()}
-        self.where = {}
         for file in sorted(files):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing; download the model again, with its weights as safetensors")
             with refusing(file, "is truncated or corrupt", "download it again"):
                 shard = safe_open(file, "pt")
-            self.where |= {name: shard for name in shard.keys()}
-
-    def keys(self):
-        return self.where.keys()
+            self |= {name: shard for name in shard.keys()}
 
     def pop(self, name):
-        return self.where.pop(name).get_tensor(name)
+        return super().pop(name).get_tensor(name)
 
 
 def read_hf(folder):
