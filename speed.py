@@ -140,7 +140,7 @@ def speed(args):
     theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads) if args.model == "smollm2" else ({}, [])
     for name in missing:
         print(f"not installed, so not compared: {name}")
-    seconds = median_of(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
+    seconds = in_rounds(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
     per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
@@ -168,7 +168,7 @@ def speed(args):
             policy.at(target, track=True)  # as infer.py decodes
             out = generate(model, tokenizer, prompt, policy, tokens)
             known = Fixed(out["states"][:, None], policy.scale)
-            values = median_of(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})
+            values = in_rounds(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})
             of_steps = out["states"][:, out["prompt_tokens"] :]
             if horizon == policy.settings.get("horizon"):
                 decisions += [1000 * (a - b) for a, b in zip(values["routed"], values["known"])]
@@ -184,7 +184,7 @@ def speed(args):
     # First token of a long prompt
     first = lambda p: generate(model, tokenizer, long_prompt, p, 1)["first_token_s"]
     policy.at(1.67)
-    values = median_of(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
+    values = in_rounds(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
     sizes = model.bytes()
     bandwidth = read_bandwidth(device)
     weights = {"all bf16": sizes["4"], "all INT8": sizes["2"], "all INT4": sizes["1"]}
@@ -297,7 +297,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     def alternate(contenders):
         for f in contenders.values():
             f()  # captures its graphs
-        return median_of(rounds, contenders)
+        return in_rounds(rounds, contenders)
 
     contenders = {"bf16": step, "half the blocks": lambda: step(None, half), "INT8": lambda: step(Fixed([2] * L)),
                   "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
