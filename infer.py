@@ -352,7 +352,7 @@ def show_states(tokenizer, out, costs, color):
     for token, states in zip(out["tokens"], out["token_states"].T.tolist()):
         cost = mean_cost(torch.tensor(states), costs)
         line = f" {cost:4.2f}  {json.dumps(tokenizer.decode([token]), ensure_ascii=False)}"
-        path = "".join(paint(".12 4"[s], s, color) for s in states)
+        path = "".join(paint(str(s or "."), s, color) for s in states)
         print(f"{path}{line[: max(20, width - len(states))]}")
 
 

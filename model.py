@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import read_safetensors, refusing
+from common import read_safetensors
 from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_codes, read_gguf, read_hf
 
@@ -406,11 +406,13 @@ def check_gpu(c, device, plain=False):
 def load_trained(path, device, dtype):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
     weights, meta = read_safetensors(path, "python train.py --train-model")
-    with refusing(path, "holds no weights that we can use", "make it with python train.py --train-model"):
+    try:
         model, tokenizer = load(meta["base"], device, dtype)
         wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} holds no weights that we can use ({e}); make it with python train.py --train-model") from None
     model.name, model.weights = str(path), f"{model.weights}, trained further"
     return model, tokenizer
