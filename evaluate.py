@@ -70,13 +70,9 @@ def some_articles(args, default):
 
 def known_of(model, policy, seed):
     """What baselines may go by: the damage that train.py left in a policy file."""
-    known = baselines.Known(model.config.n_layer, bit_costs(model.config), seed, config=model.config)
-    if policy:
-        known.scale = policy.scale
-        for name in ("damage", "position_damage"):
-            if name in policy.settings:
-                setattr(known, name, torch.tensor(policy.settings[name]))
-    return known
+    left = policy.settings if policy else {}
+    damage = {name: torch.tensor(left[name]) for name in ("damage", "position_damage") if name in left}
+    return baselines.Known(model.config.n_layer, bit_costs(model.config), seed, policy and policy.scale, model.config, **damage)
 
 
 def make_policy(method, speedup, known, model, policy, path):
