@@ -301,12 +301,11 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
 
     contenders = {"bf16": step, "half the blocks": lambda: step(None, half), "INT8": lambda: step(Fixed([2] * L)),
                   "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
-    notes = {"gpt-fast": "not installed, so not compared"}
     try:
         theirs = transformers_model(config, device)
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
     except ImportError:
-        notes["transformers"] = "not installed, so not compared"
+        pass
     seconds = alternate(contenders)
     theirs = contenders = None
     ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
@@ -337,7 +336,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     sizes = model.bytes()
     keys = 4 * L * config.n_kv_head * config.head_dim * (context + tokens // 2)  # bytes of the keys and values that a token reads
     read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
-    return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed, "notes": notes,
+    return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
             "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
             "bf16 / transformers": ratio(seconds, "transformers", "bf16") if "transformers" in seconds else None,
             "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
@@ -405,7 +404,7 @@ def gpu_table(shapes):
     line = lambda what, goal, f: [what, goal, *map(f, shapes)]
     rows = [line(f"{p}, tokens/s (share of the memory bandwidth)", ">= 85%" if p == "bf16" else "",
                  lambda r, p=p: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
-    rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: r["notes"]["gpt-fast"]),
+    rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: "not compared"),
              *(line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not installed") for key, goal in
                (("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0")))]
     for n, first in enumerate(shapes[0]["routed"]):
