@@ -92,9 +92,8 @@ def report(args):
 
 def main():
     p = Parser(__doc__)
-    commands = {"eval": evaluate, "table": table, "frontier": frontier, "speed": speed, "ablation": ablation, "figures": figures,
-                "transfer": transfer, "hidden": hidden, "oracle": oracle, "controllers": controllers, "kv": kv, "depth": depth,
-                "retain": retain, "multitoken": multitoken, "report": report}
+    commands = {"eval": evaluate} | {f.__name__: f for f in (table, frontier, speed, ablation, figures, transfer, hidden, oracle,
+                                                            controllers, kv, depth, retain, multitoken, report)}
     p.add_argument("command", nargs="?", default="eval", choices=commands)
     p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
                    help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
