@@ -115,6 +115,8 @@ def main():
     p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
+    if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:
+        raise ValueError("--limit, --rounds and --steps must be at least 1")
     if args.file:
         args.task = args.task or "lm"
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):

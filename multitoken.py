@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from baselines import spread
 from common import Checkpoint, canvas, descend, format_table, lock_folder, pick_device
 from data import load_text, windows
-from evaluate import publish
+from evaluate import in_rounds, publish, ratio
 from model import KVCache, load
-from speed import median_of, ratio
 
 BATCH, WINDOW, LR = 2, 256, 1e-4  # windows a training step, tokens of a window
 TAUS, NEW = (1, 2, 3, 4), 61  # cycles; tokens to decode, one more than a multiple of every tau, for whole cycles
@@ -170,12 +169,8 @@ def multitoken(args):
     alternating rounds; passes, token_blocks: shares of L; text: greedy.
     """
     task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least 1")
     if args.task not in (None, task):
         raise ValueError(f"multitoken --task {args.task}: it trains on wikitext2 with --data-dir, else on pydocs; leave --task out")
-    if args.steps < 1 or args.rounds < 1:
-        raise ValueError(f"{args.steps} steps, {args.rounds} rounds: at least 1")
     text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
     model, tokenizer = load(args.model, device, torch.float32)
     size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
@@ -190,7 +185,7 @@ def multitoken(args):
         checkpoint = Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)
         finetune(model, train, tau, late, args.steps, checkpoint)
         after = nats_by_place(model, test, tau, late, max(TAUS))
-        values = median_of(args.rounds, {"cycles": lambda: made(tau)["tokens_per_second"], "full": lambda: made(1)["tokens_per_second"]})
+        values = in_rounds(args.rounds, {"cycles": lambda: made(tau)["tokens_per_second"], "full": lambda: made(1)["tokens_per_second"]})
         out = made(tau)
         rows.append({"tau": tau, "late": late, "before": before.mean(1).tolist(), "after": after.mean(1).tolist(), "each": after.tolist(),
                      "faster": ratio(values, "cycles", "full"), "tokens_per_second": values, "passes": out["passes"] / L,

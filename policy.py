@@ -59,8 +59,9 @@ def bit_costs(config, policy=None):
     return torch.tensor(halves) + torch.tensor([[router], [0.0]])
 
 
-def latency_costs(path, device, fingerprint):
-    """The latency cost that `python bench.py speed` measured: milliseconds a block and state, in units of a quarter of state 4.
+def latency_costs(path, device, fingerprint, horizon):
+    """The latency cost that `python bench.py speed` measured: milliseconds a block and state, in units of a quarter of state 4, with the
+    decisions of a policy of this horizon.
 
     Returns costs (4,) with 4.0 for state 4, and what a token costs besides its blocks in the same units and summed over the
     path: (full model, routed model with its decisions). FileNotFoundError or ValueError says what to run.
@@ -79,6 +80,9 @@ def latency_costs(path, device, fingerprint):
         raise ValueError(f"{path} was measured on {result.get('device')}, this is {device_name(device)}; run python bench.py speed here")
     if result.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} has the times of another model ({result.get('model')}); run python bench.py speed with this one")
+    if result.get("policy", {}).get("horizon") != horizon:
+        raise ValueError(f"{path} has the decisions of horizon {result.get('policy', {}).get('horizon')}; run python bench.py speed --policy FILE "
+                         f"with a policy of horizon {horizon}")
     return costs, overhead
 
 
@@ -316,12 +320,12 @@ class Policy:
         return self
 
     def price(self, speedup):
-        """mu for a speedup, between the calibrated ones; beyond them the price of the nearest."""
+        """mu for a speedup: between the calibrated ones, below them that of the lowest, above them on along the last line."""
         targets = [s for s, _ in self.prices]
         if len(targets) == 1:
             return self.prices[0][1]
-        speedup = min(max(speedup, targets[0]), targets[-1])
-        high = max(1, next(n for n, s in enumerate(targets) if s >= speedup))
+        speedup = max(speedup, targets[0])
+        high = max(1, next((n for n, s in enumerate(targets) if s >= speedup), len(targets) - 1))
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
         return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
 

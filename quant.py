@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GROUP = 64  # inputs that share one INT4 scale and zero
+DAMPING, CLIPS = 0.01, [0.7 + 0.05 * k for k in range(7)]  # of GPTQ: of the Hessian's diagonal; shares of a group's minimum and maximum
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,8 +89,8 @@ def clipped_range(w, importance):
     w (N, group), importance (group,) the Hessian's diagonal -> scale, zero (N,) fp32 holding bf16 values (ours).
     """
     low, high, best = w.amin(1), w.amax(1), None
-    for a in torch.linspace(0.7, 1, 7).tolist():
-        for b in torch.linspace(0.7, 1, 7).tolist():
+    for a in CLIPS:
+        for b in CLIPS:
             scale = _bf16((b * high - a * low) / 15).clamp(min=1e-20)
             zero = _bf16(a * low + 8 * scale)
             rounded = ((w - zero[:, None]) / scale[:, None]).round_().clamp_(-8, 7).mul_(scale[:, None]).add_(zero[:, None])
@@ -102,7 +103,7 @@ def clipped_range(w, importance):
     return best[1:]
 
 
-def gptq_int4(weight, hessian, group=GROUP, damping=0.01):
+def gptq_int4(weight, hessian, group=GROUP, damping=DAMPING):
     """GPTQ: round one input after the other and let the inputs still to come make up for the error.
 
     weight (N, K), hessian (K, K) fp32, the sum of x x^T over calibration inputs -> codes, scale, zero as `quantize_int4`.

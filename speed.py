@@ -11,31 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 from common import canvas, device_name, format_table, pick_device, read_json, save_figure, save_result
 from data import load_text, text_examples
-from evaluate import policy_path, publish
+from evaluate import in_rounds, policy_path, publish, ratio
 from infer import Engine, generate
 from model import LLM, check_gpu, load, with_blocks
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
 from quant import CHOSEN
 from train import calibrate_prices
 from weights import Config, fetch_smollm2, read_gguf
-
-
-def median_of(rounds, contenders):
-    """Run every contender once a round, in turn: {name: [value of each round]}."""
-    values = {name: [] for name in contenders}
-    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
-        for name, f in contenders.items():
-            values[name].append(f())
-    return values
-
-
-def ratio(values, a, b):
-    """Median over rounds of a / b."""
-    return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
 def blocks_ms(states, table):
@@ -71,16 +56,18 @@ def transformers_step(theirs, ids, tokens, **options):
     return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
 
 
-def peers(model, tokenizer, ids, tokens, threads):
-    """Decoding with transformers in bf16 and with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
+def peers(model, tokenizer, ids, tokens, threads, device):
+    """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
     out, missing = {}, []
     path = fetch_smollm2()
     try:
-        theirs = transformers_model(model.config, "cpu")
+        theirs = transformers_model(model.config, device)
         theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
         out["transformers bf16"] = lambda: transformers_step(theirs, ids, tokens)
     except ImportError:
         missing.append("transformers")
+    if device.type != "cpu":  # what llama-cpp-python installs runs on the CPU
+        return out, missing
     try:
         from llama_cpp import Llama
 
@@ -117,12 +104,10 @@ def read_bandwidth(device="cpu"):
 
 
 def speed(args):
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: at least 1")
     if args.suite == "gpu":
         return speed_gpu(args)
     device = pick_device(args.device)
-    model, tokenizer = load(args.model, device, torch.bfloat16)
+    model, tokenizer = load(args.model, device, torch.bfloat16, routed=True)
     policy = Policy.load(policy_path(args, "lm")).to(device)
     policy.check(model)
     model.quantize(real=True, int4=policy.int4)
@@ -137,7 +122,7 @@ def speed(args):
 
     # Tokens/s of each path and of the peers
     uniform = {"all bf16": None, "all INT8": Fixed([2] * L), "all INT4": Fixed([1] * L), "all skipped": Fixed([4] + [0] * (L - 2) + [1])}
-    theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads) if args.model == "smollm2" else ({}, [])
+    theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads, device) if args.model == "smollm2" else ({}, [])
     for name in missing:
         print(f"not installed, so not compared: {name}")
     seconds = in_rounds(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
@@ -145,6 +130,8 @@ def speed(args):
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
     def no_blocks():
+        if device.type == "cuda":  # its graphs leave no other way to tell: twice half the blocks, less all of them
+            return max(0.0, 2 * generate(half, tokenizer, prompt, None, tokens)["step_s"] - step())
         times = []
         for _ in range(50):
             began = time.perf_counter()
@@ -155,10 +142,11 @@ def speed(args):
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
+    half = with_blocks(model, model.blocks[: L // 2])
     overhead = statistics.median(no_blocks() for _ in range(args.rounds)) * 1000
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     table = {"4": (total["all bf16"] - overhead) / L, "2": (total["all INT8"] - overhead) / L, "1": (total["all INT4"] - overhead) / L}
-    table["0"] = (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2)
+    table["0"] = max(1e-6, (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2))  # noise can take it below nothing
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
     routed, decisions = [], []
@@ -213,7 +201,7 @@ def speed_tables(r):
         rows.append([f"routed / same states known ahead, horizon {row['horizon']}, {row['speedup_target']:g}x asked",
                      "<= 1.03" if row["horizon"] > 1 else "reported", f"{row['routed_over_known']:.3f}"])
     for row in r["routed"]:
-        if row["horizon"] > 1:
+        if row["horizon"] == r["policy"].get("horizon"):  # whose decisions are in the latency table
             rows.append([f"promised / measured at {row['speedup_target']:g}x asked (measured {row['measured']:.2f}x)", "0.95 to 1.05",
                          f"{row['promised_over_measured']:.3f}"])
     rows += [["weights in all three precisions / bf16 alone", "<= 1.9", f"{r['memory']['all precisions / bf16']:.2f}"],

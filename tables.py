@@ -18,7 +18,7 @@ from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folde
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits
 from quant import fake_quantize
-from train import SHADES, calibrate_prices, profile, sensitivities
+from train import SHADES, profile, sensitivities
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,6 +99,7 @@ def table_chart(rows, task, metric):
 # frontier
 
 SPEEDUPS = (2.0, 2.29, 2.67, 3.2, 4.0, 4.5)
+READ = 32  # tokens of a text before those that `budget` decodes
 
 
 @torch.no_grad()
@@ -113,6 +114,8 @@ def frontier(args):
         raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
     if any(p.settings.get("cost") == "latency" for p in policies):
         raise ValueError("frontier compares at equal cost in bits; train its policies without --cost latency")
+    if examples[0].rows.shape[1] <= READ:
+        raise ValueError(f"{args.file or task} has {examples[0].rows.shape[1]} tokens; give a text of more than {READ}, which decoding starts from")
     costs = known.costs
     speedups = [s for s in SPEEDUPS if s <= min(most_speedup(known.L, costs), *(p.prices[-1][0] for p in policies))]
 
@@ -128,21 +131,13 @@ def frontier(args):
     plans = [baselines.best_static(known, speedup) for speedup in tqdm(speedups, desc="static plans")]
     # A static plan cannot cost exactly what is asked, and a price set on other text does not either: the policies get prices at which
     # they cost on this text what the static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
-    same, trained = [mean_cost(plan.given, costs) for plan in plans], policy.prices
-    for p in policies:
-        calibrate_prices(p, model, examples, speedups, same)
-
-    def priced(p, mu):
-        p.mu = mu
-        return p
-
-    for n, (speedup, plan) in enumerate(zip(speedups, plans)):
+    same = [mean_cost(plan.given, costs) for plan in plans]
+    priced = [variant(p, model, examples, speedups, same) for p in policies]
+    for speedup, plan, *those in zip(speedups, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, speedup)), ("best static plan", speedup, plan),
                  ("by position", speedup, baselines.position_mix(known, speedup))]
-        # the price is set just before each window
-        ways += [(p.name, speedup, lambda rows, p=p, mu=p.prices[n][1]: priced(p, mu)) for p in policies]
+        ways += [(p.name, speedup, p) for p in those]
     rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
-    policy.prices = trained
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
     tokens = sum(sum(e.lengths) for e in examples)
     header, cells = frontier_cells(rows, speedups)
@@ -194,11 +189,11 @@ def frontier_chart(rows, task):
 
 
 @torch.inference_mode()
-def budget(args, policy, task, speedups, tokens=512, prompt=32):
+def budget(args, policy, task, speedups, tokens=512):
     """Speedup in bits of `tokens` decoded tokens of test text, one by one, with the price fixed and with the price tracking."""
-    model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16)
+    model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16, routed=True)
     model.quantize(real=True, int4=policy.int4)
-    size = min(tokens + prompt, model.config.block_size)
+    size = min(tokens + READ, model.config.block_size)
     out = []
     name, split, folder = source(args, task, "test")
     for n, example in enumerate(load_examples(name, split, tokenizer, 3, size, folder, policy.costs.device, spread=True, choice=False)):
@@ -207,8 +202,8 @@ def budget(args, policy, task, speedups, tokens=512, prompt=32):
             for way in ("fixed", "tracked"):
                 policy.at(speedup, track=way == "tracked")
                 cache, states = KVCache(model, 1, size), []
-                model.hidden(example.rows[:, :prompt], policy, cache)
-                for t in tqdm(range(prompt, example.rows.shape[1]), desc=f"{row['text']}, {speedup:g}x, {way}", leave=False):
+                model.hidden(example.rows[:, :READ], policy, cache)
+                for t in tqdm(range(READ, example.rows.shape[1]), desc=f"{row['text']}, {speedup:g}x, {way}", leave=False):
                     model.hidden(example.rows[:, t : t + 1], policy, cache)
                     states.append(policy.states)
                 row[way] = speedup_bits(torch.cat(states, 2), policy.costs)

@@ -43,7 +43,7 @@ from model import load
 from policy import (INDEX, INDEX_OF, POSITIONS, STATES, Fixed, Policy, Scorer, accuracy_reward, answer_reward, bit_costs, bucket, goal_cost,
                     latency_costs, lowest_price, mean_cost, most_speedup, plan, policy_gradient, random_states, returns, rewards,
                     static_plan, temperature, total_loss)
-from quant import dequantize_int4, gptq_int4, pack_nibbles
+from quant import CLIPS, DAMPING, GROUP, dequantize_int4, gptq_int4, pack_nibbles
 from weights import read_codes
 
 
@@ -113,8 +113,8 @@ def choose_codes(model, tokens, codes, keep):
 
 
 def codes_name(tokens):
-    """What INT4 codes chosen on these calibration tokens are called."""
-    return "gptq-" + hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:12]
+    """What INT4 codes chosen on these calibration tokens, by these settings, are called."""
+    return "gptq-" + hashlib.sha256(tokens.cpu().numpy().tobytes() + repr((GROUP, DAMPING, CLIPS)).encode()).hexdigest()[:12]
 
 
 def cache_codes(model, tokens):
@@ -434,8 +434,9 @@ def calibrate_prices(policy, model, examples, targets, goals):
         return mean_cost(states, policy.costs)
 
     price = lambda goal: lowest_price(lambda mu: cost_at(mu, looks), goal, -span, span)
-    looks = look_at(examples)
-    span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / float(policy.costs[1] - policy.costs[0])
+    looks, steps = look_at(examples), policy.costs.sort().values.diff()
+    gap = float(steps[steps > 1e-6].min())  # on a clock a skip can cost what INT4 does
+    span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / gap
     mus = [price(goal) for goal in goals]
     if policy.horizon < L:
         few = [Example(e.rows[:, :WINDOW], [min(n, WINDOW) for n in e.lengths]) for e in examples[:4]]
@@ -487,9 +488,9 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
 
 
 def save_base(model, path):
-    """The trained weights in bf16, with the name of the model that they belong to: `--model out/model.safetensors` loads both."""
+    """The trained weights in bf16, with the name of the model that was there before any training: `--model out/model.safetensors` loads both."""
     tensors = {k: t.bfloat16() for k, t in model.state_dict().items() if not (model.config.tied and k == "head.weight")}
-    write_safetensors(path, tensors, base=model.name)
+    write_safetensors(path, tensors, base=getattr(model, "base", model.name))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -668,10 +669,14 @@ def main():
         train_routers(args, device, text, model, tokenizer, read)
         return
     horizon = L if args.horizon is None else min(args.horizon, L)
-    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(f"results/speed-{device.type}.json", device, model.fingerprint())
+    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(
+        f"results/speed-{device.type}.json", device, model.fingerprint(), horizon)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
-    if not targets or not targets[0] <= args.speedup <= targets[-1]:
-        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {TARGETS[0]} to {(targets or TARGETS)[-1]:.3g}")
+    if not targets:
+        raise ValueError(f"{args.model} reaches {max(1.0, most_speedup(L, costs, overhead)):.2f}x at most with --cost {args.cost}, and policies "
+                         f"are made for {TARGETS[0]}x and more; give a model of more blocks")
+    if not targets[0] <= args.speedup <= targets[-1]:
+        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {targets[0]} to {targets[-1]:.3g}")
 
     samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
     pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)

@@ -34,21 +34,23 @@ def test_speedup_in_bits_counts_every_token():
 def test_latency_cost_by_hand(tmp_path):
     table = {"0": 0.1, "1": 0.2, "2": 0.3, "4": 0.8, "overhead": 2.0, "decision": 0.2}
     file = tmp_path / "speed.json"
-    file.write_text(json.dumps({"device": device_name("cpu"), "fingerprint": "f", "model": "an owl", "latency_ms": table}))
-    costs, overhead = P.latency_costs(file, "cpu", "f")
+    file.write_text(json.dumps({"device": device_name("cpu"), "fingerprint": "f", "model": "an owl", "latency_ms": table, "policy": {"horizon": 30}}))
+    costs, overhead = P.latency_costs(file, "cpu", "f", 30)
     assert costs.tolist() == pytest.approx([0.5, 1.0, 1.5, 4.0]) and overhead == pytest.approx((10.0, 11.0))
     goal = P.goal_cost(2.0, 10, overhead)  # full: 8 + 2 ms, so routed may take 5 ms, of which 2.2 are no block's
     assert goal == pytest.approx((5 - 2.2) / 10 / 0.2)
     with pytest.raises(FileNotFoundError, match="bench.py speed"):
-        P.latency_costs(tmp_path / "none.json", "cpu", "f")
+        P.latency_costs(tmp_path / "none.json", "cpu", "f", 30)
     with pytest.raises(ValueError, match="another model .an owl."):
-        P.latency_costs(file, "cpu", "g")
+        P.latency_costs(file, "cpu", "g", 30)
+    with pytest.raises(ValueError, match="with a policy of horizon 1$"):
+        P.latency_costs(file, "cpu", "f", 1)
     file.write_text(json.dumps({"device": "an abacus", "latency_ms": table}))
     with pytest.raises(ValueError, match="abacus"):
-        P.latency_costs(file, "cpu", "f")
+        P.latency_costs(file, "cpu", "f", 30)
     file.write_text("{}")
     with pytest.raises(ValueError, match="bench.py speed"):
-        P.latency_costs(file, "cpu", "f")
+        P.latency_costs(file, "cpu", "f", 30)
 
 
 def test_scorer_eq_8_by_hand():
@@ -251,8 +253,8 @@ def test_greedy_path_and_static_candidates():
     assert baselines.best_static(known, 2.0).given.tolist() == [4, 2, 2, 2, 1]
 
 
-def test_a_price_beyond_the_calibrated_ones_is_the_nearest():
+def test_a_price_beyond_the_calibrated_ones():
     policy = make_policy()
-    assert policy.price(1.0) == -1.0 and policy.price(9.0) == 3.0 and policy.price(3.0) == 1.75
+    assert policy.price(1.0) == -1.0 and policy.price(5.0) == 4.25 and policy.price(3.0) == 1.75
     policy.prices = [(1.2, 0.7)]
     assert policy.at(1.2).mu == 0.7
