@@ -732,7 +732,7 @@ def main():
     rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
     report(out, names, rows, rows[1]["raw"], test, args, device, model, settings,
-           f"INT4 by GPTQ, objective {args.objective}, horizon {horizon}", "policy.safetensors")
+           f"INT4 by GPTQ, objective {args.objective} on {sum(sum(e.lengths) for e in examples)} tokens, horizon {horizon}", "policy.safetensors")
 
 
 if __name__ == "__main__":
