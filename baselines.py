@@ -264,10 +264,10 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
         if measured_at.get((i, to), (None,))[0] != len(path):  # priced before the last move: measure again
             trial = states.clone()
             trial[i] = to
-            kl = measure(trial)
+            found = measure(trial)
             bar.update()
-            measured_at[i, to] = (len(path), kl)
-            heapq.heappush(queue, ((kl - current) / (cost[int(states[i])] - cost[to]), i, to))
+            measured_at[i, to] = (len(path), found)
+            heapq.heappush(queue, ((found - current) / (cost[int(states[i])] - cost[to]), i, to))
             continue
         states[i], current = to, measured_at[i, to][1]
         path.append(states.clone())

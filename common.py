@@ -123,7 +123,7 @@ class Checkpoint:
     def write(self, step, tensors, **more):
         write_safetensors(self.path, tensors, step=step, settings=self.settings, **more)
 
-    def steps(self, what, total, every, parameters, optimizer, generator, more=dict):
+    def steps(self, what, total, every, parameters, optimizer, generator, more=lambda: {}):
         """The steps of a training that are left: yields (step, progress bar). Puts parameters, {name: tensor} that the optimizer trains,
         optimizer and generator back before the first; writes them, and what `more` returns, after every so many and after the last."""
         start = self.meta["step"]

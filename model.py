@@ -1,4 +1,4 @@
-"""LLaMA and Qwen from scratch: the network, its weights from disk or hub, its tokenizer.
+"""LLaMA and Qwen from scratch: the network, and `load`. What is on disk or on the hub is read by weights.py and tokenizer.py.
 
 The network is the usual decoder-only stack, blocks i = 1..L taking h_{i-1} to h_i (h_0 is the embedding):
 
@@ -96,11 +96,12 @@ class KVCache:
         return self.written[i, :, :end]
 
     def store(self, k, v, i):
-        """Append keys and values (B, T, n_kv_head, D) of block i; returns all that may be attended to. (`hidden` moves `length` on.)"""
+        """Append keys and values (B, T, n_kv_head, D) of block i; returns all that may be attended to, and no mask. (`hidden` moves
+        `length` on.)"""
         end = self.length + k.shape[1]
         self.k[i, :, self.length : end] = k
         self.v[i, :, self.length : end] = v
-        return self.k[i, :, :end], self.v[i, :, :end]
+        return self.k[i, :, :end], self.v[i, :, :end], None
 
 
 def by_state(state):
@@ -192,7 +193,8 @@ class Block(nn.Module):
             qk = torch.cat([self.q_norm(qk[:, :, : c.n_head]), self.k_norm(qk[:, :, c.n_head :])], dim=2)
         qk = rotate(qk, rope)
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
-        y = self.attend(q, *(cache.store(k, v, i) if cache else (k, v)), *(() if seen is None else (seen,)))
+        k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
+        y = self.attend(q, k, v, mask if seen is None else seen)
         h = x + run(executed, self.o, y, x.shape[1])
         if len(executed) < len(groups):
             skipped = groups[0][1]
@@ -291,7 +293,9 @@ class LLM(nn.Module):
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
-        source, seen, ran, holes = None, None, True, kv == "none" or cache and cache.written is not None
+        # For the ablations of keys and values: is there a position without any, which tokens run this block, the input of the last block
+        # that each token ran (kv "copy"), and which positions may be attended to
+        holes, ran, source, seen = kv == "none" or cache and cache.written is not None, True, None, None
         for i, block in enumerate(self.blocks):
             row = i * rows
             if policy is not None:

@@ -187,11 +187,13 @@ def plan(i, n_layer, horizon):
     first block, plans the g blocks after it, and plans the next g from the input of the last of them; g = L (or more) plans
     the whole path once. Horizon 0 decides each block from its own input: nothing is guessed, nothing can overlap.
     """
-    if horizon < 2:
-        return range(max(1, i + horizon), min(i + horizon + 1, n_layer))
-    if i == 1:
-        return range(1, min(1 + horizon, n_layer))
-    return range(i + 1, min(i + 1 + horizon, n_layer)) if i and i % horizon == 0 else range(0)
+    if horizon < 2:  # one block: this one, or the next
+        first, count = i + horizon, 1
+    elif i == 1:  # the first plan waits for the output of the first block
+        first, count = 1, horizon
+    else:  # the next ones are made at the last block that is planned
+        first, count = i + 1, horizon if i and i % horizon == 0 else 0
+    return range(max(1, first), min(first + count, n_layer))
 
 
 # ----------------------------------------------------------------------------------------------------------

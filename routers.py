@@ -17,14 +17,16 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
     loss = KL(full || gated)                                   skip controllers, MindSkip (ours; theirs is CE)
     loss = CE + alpha * mean_t (sum_l g_l)^2                   FlexiDepth
 
-Ours, for a budget of some hundred steps on a laptop. The papers add a price for every gate that is open, train at several prices and
-report what is skipped; such a price pushes all logits down alike. Here that push is made directly: all logits are compared with one
-threshold, which follows the number of closed gates while training, and is set once more on training text in the end. Gates start at the
-static choice, those of the most similar blocks closed (`begin`), the adapter at zero; FlexiDepth's release starts at random values. The
-noise is a quarter of Gumbel's, or it would flip every fourth gate of such a start. KL has the mean of CE's slope on text of the model's own,
-and less noise. Skips are unscaled. A router does not teach earlier blocks what to show it. A token that skips attention fills its keys and
-values, in INT4 as everywhere here (theirs: from the plain weights; in training a gate with a straight-through slope runs the block for
-every token, so there they are from the plain weights too). What was tried before is in results/NOTES.md.
+Ours, for a budget of some hundred steps on a laptop (what was tried before is in results/NOTES.md):
+    threshold   the papers add a price for every gate that is open, train at several and report what is skipped; such a price pushes all
+                logits down alike. Here all are compared with one threshold instead, which follows the number of closed gates while
+                training, and is set once more on training text in the end
+    start       the static choice: the gates of the most similar blocks closed (`begin`), adapters at zero; FlexiDepth's start at random
+    noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start
+    KL          has the mean of CE's slope on text of the model's own, and less noise
+    skips       are unscaled, and a router does not teach earlier blocks what to show it
+    filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
+                training a straight-through gate runs the block for every token, so there they are plain too
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -157,7 +159,7 @@ def load(path):
         policy.gates.load_state_dict({k: t.float() for k, t in tensors.items()}, assign=True)
         policy.gates.requires_grad_(False)
         policy.threshold = float(meta["threshold"])
-        if not all(type(policy.settings[key]) is kind for key, kind in (("skip", int), ("steps", int), ("data", str))):
+        if not all(type(policy.settings[key]) is wanted for key, wanted in (("skip", int), ("steps", int), ("data", str))):
             raise ValueError("settings of the wrong kind")
         if not math.isfinite(policy.threshold) or not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("a value is not finite")

@@ -267,15 +267,15 @@ def figures(args):
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
     model, tokenizer, policies, known, items = at_hand(args, task, 60, policy_path(args, task))
     baselines.observe(known, model)
-    source = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
+    text = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
-    rows = windows(tokenizer, load_text(*source), 32 if args.full else 8, size, spread=True).to(known.samples.device)
+    rows = windows(tokenizer, load_text(*text), 32 if args.full else 8, size, spread=True).to(known.samples.device)
     h = []
     for x, _, y in model.block_by_block(rows):
         h.append(x)
     h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, y]])  # (L + 1, N, C), without first tokens
     similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
-    what = f"{source[0]}, test, {similarity.shape[1]} tokens"
+    what = f"{text[0]}, test, {similarity.shape[1]} tokens"
     figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
     figure2(args, model, known, rows, similarity, what)
     figure4(args, model, policies, rows, similarity, what)

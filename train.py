@@ -678,6 +678,7 @@ def main():
     if not targets[0] <= args.speedup <= targets[-1]:
         raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {targets[0]} to {targets[-1]:.3g}")
 
+    # What each step reads: samples for a_i, pool for INT4, examples to learn from, few for sensitivities, priced for prices; test is held out
     samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
     pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
     if args.objective == "fisher":
