@@ -52,7 +52,8 @@ def folders(args, tasks):
     """Those of `tasks` that --data-dir has, or held-out pydocs where there is no such folder. ValueError when it has none."""
     if not args.data_dir:
         return ["lm"]
-    found = [t for t in tasks if (Path(args.data_dir) / t.removesuffix("_5shot")).is_dir()]
+    needed = lambda t: "mmlu/dev.jsonl" if t == "mmlu_5shot" else t
+    found = [t for t in tasks if (Path(args.data_dir) / needed(t)).exists()]
     if not found:
         raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
     return found
@@ -264,14 +265,14 @@ def publish(args, name, model, figure, **content):
 
 def name_of(policy):
     s = policy.settings
-    kind = "dash" if s["objective"] == "fisher" else "rl from fisher" if s.get("start") else "rl"
+    kind = "dash" if s.get("objective", "fisher") == "fisher" else "rl from fisher" if s.get("start") else "rl"
     off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
-    return f"{kind}, horizon {policy.horizon}, seed {s['seed']}{''.join(off)}"
+    return f"{kind}, horizon {policy.horizon}, seed {s.get('seed', 0)}{''.join(off)}"
 
 
 def variant(policy, model, examples, speedups, goals=None, **change):
-    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked, or `goals`. ValueError
-    when a speedup is out of reach."""
+    """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked, or `goals`, or as
+    near to it as the states allowed can come. ValueError when a speedup is out of every policy's reach."""
     top = most_speedup(model.config.n_layer, bit_costs(model.config))
     for s in speedups:
         if not 1 <= s <= top:

@@ -398,7 +398,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
 
 def check_gpu(c, device, plain=False):
     """ValueError when the device is a GPU that cannot decode a model of this configuration: it has no bf16, or no room for the weights in
-    bf16, INT8, INT4 and an INT8 head (`plain`: in bf16 alone). 7B take 24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values."""
+    bf16, INT8, INT4 and an INT8 head (`plain`: in bf16, and the head). 7B take 24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values."""
     if torch.device(device).type != "cuda":
         return
     name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
@@ -407,9 +407,9 @@ def check_gpu(c, device, plain=False):
     kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
     bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
-    need = bf16 if plain else bf16 + linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low + head
+    need = bf16 + head if plain else bf16 + linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low + head
     if need > free:
-        other = f"in bf16 alone (--full) they take {bf16 / 1e9:.1f} GB; " if bf16 < free and not plain else ""
+        other = f"in bf16 alone (--full) they take {bf16 / 1e9:.1f} GB; " if bf16 + head < free and not plain else ""
         raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"
                          f"a model of {free / need * linears / 1e9:.1f} billion parameters would fit, and --device cpu needs no GPU")
 
@@ -417,13 +417,16 @@ def check_gpu(c, device, plain=False):
 def load_trained(path, device, dtype, routed):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
     weights, meta = read_safetensors(path, "python train.py --train-model")
+    remedy = "make it with python train.py --train-model"
+    if not isinstance(meta.get("base"), str) or Path(meta["base"]).resolve() == Path(path).resolve():
+        raise ValueError(f"{path} does not say which model its weights belong to; {remedy}")
+    model, tokenizer = load(meta["base"], device, dtype, routed)
     try:
-        model, tokenizer = load(meta["base"], device, dtype, routed)
         wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} holds no weights that we can use ({e}); make it with python train.py --train-model") from None
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{path} holds no weights that we can use ({e}); {remedy}") from None
     model.base, model.name, model.weights = getattr(model, "base", meta["base"]), str(path), f"{model.weights}, trained further"
     return model, tokenizer

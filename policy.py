@@ -70,6 +70,7 @@ def latency_costs(path, device, fingerprint, horizon):
         raise FileNotFoundError(f"{path} is missing: --cost latency needs the measured times; run python bench.py speed first")
     with refusing(path, "holds no latency table", "run python bench.py speed again"):
         result = json.loads(Path(path).read_text())
+        decided = result.get("policy", {}).get("horizon")
         table = result["latency_ms"]
         unit = table["4"] / 4
         costs = torch.tensor([table[str(int(s))] / unit for s in STATES])
@@ -80,9 +81,8 @@ def latency_costs(path, device, fingerprint, horizon):
         raise ValueError(f"{path} was measured on {result.get('device')}, this is {device_name(device)}; run python bench.py speed here")
     if result.get("fingerprint") != fingerprint:
         raise ValueError(f"{path} has the times of another model ({result.get('model')}); run python bench.py speed with this one")
-    if result.get("policy", {}).get("horizon") != horizon:
-        raise ValueError(f"{path} has the decisions of horizon {result.get('policy', {}).get('horizon')}; run python bench.py speed --policy FILE "
-                         f"with a policy of horizon {horizon}")
+    if decided != horizon:
+        raise ValueError(f"{path} has the decisions of horizon {decided}; run python bench.py speed --policy FILE with a policy of horizon {horizon}")
     return costs, overhead
 
 

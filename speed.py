@@ -130,8 +130,8 @@ def speed(args):
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
     def no_blocks():
-        if device.type == "cuda":  # its graphs leave no other way to tell: twice half the blocks, less all of them
-            return max(0.0, 2 * generate(half, tokenizer, prompt, None, tokens)["step_s"] - step())
+        if device.type == "cuda":  # its graphs leave no other way to tell than fewer blocks
+            return max(0.0, (L * generate(half, tokenizer, prompt, None, tokens)["step_s"] - L // 2 * step()) / (L - L // 2))
         times = []
         for _ in range(50):
             began = time.perf_counter()

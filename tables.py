@@ -146,7 +146,7 @@ def frontier(args):
         ["decoding 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
         [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}"
-               f"{' (labels of %d windows)' % policy.settings['samples'] if 'samples' in policy.settings else ''}. Full model {rows[0]['nats']:.4f} nats. "
+               f"{' (labels of up to %d x 1,024 tokens)' % policy.settings['samples'] if 'samples' in policy.settings else ''}. Full model {rows[0]['nats']:.4f} nats. "
                "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
                "plan of the column costs. 95% intervals over windows.")
     publish(args, f"frontier-{task}", model, frontier_chart(rows, task), caption=caption, markdown=markdown, tokens=tokens, budget=kept,

