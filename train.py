@@ -52,6 +52,7 @@ SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0, 4.25, 4.5]  # speedups with a price
 WINDOW, POOL = 256, 64  # tokens of a window, and windows, that INT4 rounding and the policy gradient see
 LONG = 1024  # tokens of a window with Fisher labels
+SKIP_SHARE = 0.1  # of a skip label: what every token has of its block's mean
 BATCH, ROLLOUTS = 2, 4  # policy gradient: windows a step, rollouts of each
 LR, ALPHA, LAM = 5e-4, 1.0, 0.0001
 
@@ -557,10 +558,11 @@ def up_to(tokens, examples):
 def learn_from_labels(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     """3b: labels, fit. Returns the mean damage (L, 4) and the damage by position (11, L, 4): at t = 0, 1, 2-3, 4-7, ..."""
     labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint.seed, checkpoint)
-    # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. For items take that
-    # mean for every token: an unlikely answer has no slope, and yet skips on its tokens can make it the likeliest.
-    skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
-    labels[..., 0] = skip if few[0].choices else labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
+    # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
+    # mean. For items all of it.
+    skip, share = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device), 1.0 if few[0].choices else SKIP_SHARE
+    labels[..., 0] = share * skip + (1 - share) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table = mean.repeat(POSITIONS, 1, 1)
