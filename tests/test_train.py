@@ -16,7 +16,7 @@ from common import Checkpoint, read_safetensors
 from data import kl, text_examples
 from infer import generate
 from model import load
-from policy import Fixed, Policy, bit_costs, mean_cost
+from policy import Fixed, Policy, Scorer, bit_costs, mean_cost
 from test_routing import random_policy
 
 
@@ -202,6 +202,17 @@ def test_fisher_label_is_the_kl_of_one_choice(tiny):
     ratios = torch.tensor(predicted) / torch.tensor(measured)
     assert ((ratios > 0.6) & (ratios < 1.6)).all(), ratios
     assert (labels[..., 1].mean() > 10 * labels[..., 2].mean())  # INT4 does far more damage than INT8
+
+
+def test_skip_labels_have_the_measured_mean_and_a_share_of_it(tiny, tmp_path, monkeypatch):
+    model, _ = load(str(tiny))
+    model.quantize()
+    examples, seen = text_examples(torch.randint(0, 300, (2, 40))), []
+    monkeypatch.setattr(train, "fit", lambda scorer, labels, *rest: (seen.append(labels), (labels.mean(0), []))[1])
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", {}, 0, False)
+    train.learn_from_labels(Scorer(4, 64), model, examples, examples[:1], [1.0] * 4, 4, checkpoint, tmp_path / "log")
+    skip, labels = train.sensitivities(model, examples[:1], [1.0] * 4, states=[0])[1:3, 0], seen[0][:, :2, 0]
+    assert torch.allclose(labels.mean(0), skip, rtol=1e-3) and (labels >= 0.099 * skip).all() and (labels.min(0).values < 0.5 * skip).all()
 
 
 def test_fit_finds_what_the_hidden_state_says():
