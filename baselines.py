@@ -92,10 +92,15 @@ def without(known, blocks):
     return Fixed(states, kv="none")
 
 
+def to_two_digits(speedup):
+    """The least speedup that rounds to this one: 1.67 stands for 5/3."""
+    return max(1.0, speedup - 0.005)
+
+
 def whole_skips(known, speedup):
-    """The fewest blocks that give the speedup asked for, to two digits: 1.67 stands for 5/3."""
+    """The fewest blocks that give the speedup asked for."""
     skips(known, speedup)  # out of reach: say so
-    return math.ceil(skips(known, max(1.0, speedup - 0.005)) - 1e-9)
+    return math.ceil(skips(known, to_two_digits(speedup)) - 1e-9)
 
 
 def by_similarity(known):
@@ -181,7 +186,7 @@ def adaskip(known, speedup):
     policy = AdaSkip(states, known.ratio.tolist(), 1.0)
     costs = bit_costs(known.config, policy)
     for i in similarity.argsort(descending=True).tolist():
-        if mean_cost(policy.given, costs) <= 4 / (speedup - 0.005):
+        if mean_cost(policy.given, costs) <= 4 / to_two_digits(speedup):
             return policy
         policy.given[i], policy.threshold = 0, float(similarity[i])
     raise ValueError(f"speedup {speedup:g} is out of reach by skipping")

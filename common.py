@@ -78,6 +78,8 @@ def refusing(path, what, remedy):
     """Whatever goes wrong inside over what a file holds becomes a ValueError of one line: path, what it is not, why, the remedy."""
     try:
         yield
+    except torch.OutOfMemoryError:  # not the file's fault
+        raise
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{path} {what} ({' '.join(str(e).split())[:200]}); {remedy}") from None
 

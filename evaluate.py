@@ -201,10 +201,10 @@ def at_hand(args, task, default, path, needed=True):
     for other, policy in zip(args.compare, policies[1:]):
         if policy.int4 != int4:
             raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
-    for file, policy in zip([path, *args.compare], policies):
+    names = [name_of(p) if p else None for p in policies]
+    for policy, name, file in zip(policies, names, [path, *args.compare]):
         if policy:
-            names = [name_of(p) for p in policies if p]
-            policy.name = name_of(policy) + (f", {file}" if names.count(name_of(policy)) > 1 else "")
+            policy.name = f"{name}, {file}" if names.count(name) > 1 else name
     model.quantize(int4=int4)
     known, context = known_of(model, policies[0], args.seed), model.config.block_size
     known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)

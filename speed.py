@@ -30,6 +30,11 @@ def blocks_ms(states, table):
     return ms[INDEX[states.long()]].sum(0).median().item()
 
 
+def beside_blocks(full, half, L):
+    """What a step takes besides its L blocks, from its time with all of them and with L // 2: graphs leave no other way to tell."""
+    return max(0.0, (L * half - L // 2 * full) / (L - L // 2))
+
+
 def transformers_model(c, device):
     """The same network in transformers, bf16, random weights. ImportError without transformers."""
     import transformers
@@ -130,8 +135,6 @@ def speed(args):
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
     def no_blocks():
-        if device.type == "cuda":  # its graphs leave no other way to tell than fewer blocks
-            return max(0.0, (L * generate(half, tokenizer, prompt, None, tokens)["step_s"] - L // 2 * step()) / (L - L // 2))
         times = []
         for _ in range(50):
             began = time.perf_counter()
@@ -143,7 +146,8 @@ def speed(args):
         return statistics.median(times)
 
     half = with_blocks(model, model.blocks[: L // 2])
-    overhead = statistics.median(no_blocks() for _ in range(args.rounds)) * 1000
+    graphs = lambda: beside_blocks(step(), generate(half, tokenizer, prompt, None, tokens)["step_s"], L)
+    overhead = statistics.median((graphs if device.type == "cuda" else no_blocks)() for _ in range(args.rounds)) * 1000
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     table = {"4": (total["all bf16"] - overhead) / L, "2": (total["all INT8"] - overhead) / L, "1": (total["all INT4"] - overhead) / L}
     table["0"] = max(1e-6, (total["all skipped"] - overhead - table["4"] - table["1"]) / (L - 2))  # noise can take it below nothing
@@ -297,7 +301,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     seconds = alternate(contenders)
     theirs = contenders = None
     ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
-    overhead = max(0.0, 2 * ms["half the blocks"] - ms["bf16"])
+    overhead = beside_blocks(ms["bf16"], ms["half the blocks"], L)
     table = {"4": (ms["bf16"] - overhead) / L, "2": (ms["INT8"] - overhead) / L, "1": (ms["INT4"] - overhead) / L}
     table["0"] = max(1e-6, (ms["skipped"] - overhead - table["4"] - table["1"]) / (L - 2))
     unit = table["4"] / 4

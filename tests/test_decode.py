@@ -130,7 +130,7 @@ def test_speed_measures_and_latency_training_uses_it(tiny, some_text, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results" / "speed-cpu.json").exists() and (tmp_path / "results" / "speed-cpu.png").exists()
     done = script("train.py", "--model", tiny, "--data", some_text, "--out", "o", "--cost", "latency", "--horizon", 1, "--speedup", 1.2, cwd=tmp_path)
-    if done.returncode:  # a tiny model spends its time outside its blocks, and on a busy machine a block may seem to take none
-        assert done.returncode == 2 and ("at most with --cost latency" in done.stderr or "times are not positive" in done.stderr), done.stderr
+    if done.returncode:  # a tiny model spends its time outside its blocks
+        assert done.returncode == 2 and "at most with --cost latency" in done.stderr, done.stderr
     else:
         assert Policy.load(tmp_path / "o" / "policy.safetensors").settings["cost"] == "latency"
