@@ -201,10 +201,10 @@ def at_hand(args, task, default, path, needed=True):
     for other, policy in zip(args.compare, policies[1:]):
         if policy.int4 != int4:
             raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
-    names = [name_of(p) if p else None for p in policies]
-    for policy, name, file in zip(policies, names, [path, *args.compare]):
+    called = [name_of(p) if p else None for p in policies]
+    for policy, own, file in zip(policies, called, [path, *args.compare]):
         if policy:
-            policy.name = f"{name}, {file}" if names.count(name) > 1 else name
+            policy.name = f"{own}, {file}" if called.count(own) > 1 else own
     model.quantize(int4=int4)
     known, context = known_of(model, policies[0], args.seed), model.config.block_size
     known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
