@@ -9,8 +9,8 @@
               results/frontier-TASK.json and .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
               bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart.
-              --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead
-              and transformers; writes results/speed-gpu.json and a picture of one token's timeline
+              --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead,
+              transformers, and gpt-fast where --gpt-fast names a checkout; writes results/speed-gpu.json and a picture of one token's timeline
     ablation  the paper's Table 3 and ours: states, K/V modes, forms of a_i, the INT8 head, and the policies given by --compare
               (other horizons; lam, beta, w_i off); results/ablation.json
     figures   the paper's Figures 1, 2 and 4: results/figure1.json, figure2.json, figure4.json, and a .png of each
@@ -81,6 +81,8 @@ PAGES = ("README.md", "results/README.md")
 
 
 def report(args):
+    if not any(Path(args.results).glob("*.json")):
+        raise ValueError(f"--results {args.results} holds no results; make some with bench.py or train.py")
     pages = render({page: read_text(page) for page in PAGES}, args.results)
     for page, text in pages.items():
         write_whole(page, text.encode())
@@ -112,11 +114,14 @@ def main():
     p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints")
     p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
+    p.add_argument("--gpt-fast", metavar="DIR", help="speed --suite gpu: a checkout of gpt-fast (32971d3) to compare with; its model.py is run")
     p.add_argument("--results", default="results", help="folder to write into")
     p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
     args = p.parse_args()
     if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:
         raise ValueError("--limit, --rounds and --steps must be at least 1")
+    if not 1 <= args.speedup < float("inf"):
+        raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
     if args.file:
         args.task = args.task or "lm"
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):

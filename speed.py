@@ -4,7 +4,10 @@ Contenders run in turn, round after round, in one process; a figure is the media
 """
 
 import gc
+import importlib.util
+import inspect
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import canvas, device_name, format_table, pick_device, read_json, save_figure, save_result
+from common import canvas, device_name, format_table, pick_device, read_json, refusing, save_figure, save_result
 from data import load_text, text_examples
 from evaluate import in_rounds, policy_path, publish, ratio
 from infer import Engine, generate
@@ -59,6 +62,44 @@ def transformers_step(theirs, ids, tokens, **options):
     theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
                     streamer=clock, **options)
     return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+
+def gpt_fast(folder, c, device, context, tokens):
+    """The same shape in gpt-fast, of which `folder` is a checkout, bf16, random weights, compiled as its generate.py does: a function that
+    gives the median seconds of a decoding step after `context` tokens. Qwen's biases, which it does not have, are left out.
+
+    ValueError when the folder has no model.py of gpt-fast.
+    """
+    file = Path(folder) / "model.py"
+    with refusing(file, "is not gpt-fast's", "give --gpt-fast a checkout of github.com/pytorch-labs/gpt-fast"):
+        spec = importlib.util.spec_from_file_location("gpt_fast_model", file)
+        module = sys.modules["gpt_fast_model"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        if "mask" in inspect.signature(module.Transformer.forward).parameters:
+            raise ValueError("its forward wants a mask: check out 32971d3, the last before flex attention")
+        args = module.ModelArgs(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.n_embd, norm_eps=c.norm_eps,
+                                intermediate_size=c.n_hidden, n_local_heads=c.n_kv_head, rope_base=c.rope_theta)
+    with torch.device("meta"):
+        theirs = module.Transformer(args).bfloat16()
+    theirs.to_empty(device=device).requires_grad_(False)
+    for p in theirs.parameters():
+        p.normal_(std=0.02)
+    with torch.device(device):
+        theirs.setup_caches(1, context + tokens)
+    one = torch.compile(lambda token, position: theirs(token, position)[:, -1].argmax(-1, keepdim=True), fullgraph=True,
+                        options={"triton.cudagraphs": True, "coordinate_descent_tuning": True})
+
+    def step():
+        token, position, times = torch.zeros(1, 1, dtype=torch.int, device=device), torch.tensor([context], device=device), []
+        for _ in range(tokens):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # its choice: the compiler makes the attention
+                token = one(token, position).int()
+            position += 1
+            int(token)  # the host learns every token, as ours does
+            times.append(time.perf_counter())
+        return statistics.median(b - a for a, b in zip(times, times[1:]))
+
+    return step
 
 
 def peers(model, tokenizer, ids, tokens, threads, device):
@@ -271,8 +312,9 @@ def random_priced_policy(model, ids, horizon, targets, costs, overhead):
     return policy
 
 
-def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=64, targets=(1.33, 1.67, 2.0)):
-    """Everything that is measured for one shape: a dict for results/."""
+def speed_of_shape(name, config, device, rounds, bandwidth, checkout=None, context=512, tokens=64, targets=(1.33, 1.67, 2.0)):
+    """Everything that is measured for one shape, a dict for results/; checkout: folder of gpt-fast, or None."""
+    peer = gpt_fast(checkout, config, device, context, tokens) if checkout else None  # a wrong folder: say so first
     model, L = random_model(name, config, device), config.n_layer
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
     half = with_blocks(model, model.blocks[: L // 2])  # to tell what a token takes besides its blocks
@@ -298,8 +340,10 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
     except ImportError:
         pass
+    if peer:
+        contenders["gpt-fast"] = peer
     seconds = alternate(contenders)
-    theirs = contenders = None
+    theirs = contenders = peer = None
     ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
     overhead = beside_blocks(ms["bf16"], ms["half the blocks"], L)
     table = {"4": (ms["bf16"] - overhead) / L, "2": (ms["INT8"] - overhead) / L, "1": (ms["INT4"] - overhead) / L}
@@ -330,7 +374,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, context=512, tokens=
     read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
     return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
             "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
-            "bf16 / transformers": ratio(seconds, "transformers", "bf16") if "transformers" in seconds else None,
+            **{f"bf16 / {peer}": ratio(seconds, peer, "bf16") if peer in seconds else None for peer in ("gpt-fast", "transformers")},
             "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
             "one token": one_token(lambda f: run(policy, on_token=f))}
 
@@ -376,7 +420,7 @@ def speed_gpu(args):
     device, shapes = pick_device("cuda"), []
     bandwidth = read_bandwidth(device)
     for name, config in SHAPES.items():
-        shapes.append(speed_of_shape(name, config, device, args.rounds, bandwidth))
+        shapes.append(speed_of_shape(name, config, device, args.rounds, bandwidth, args.gpt_fast))
         gc.collect()  # a model and its engine hold each other
         torch.cuda.empty_cache()
     events = [r.pop("one token") for r in shapes][0]
@@ -396,9 +440,8 @@ def gpu_table(shapes):
     line = lambda what, goal, f: [what, goal, *map(f, shapes)]
     rows = [line(f"{p}, tokens/s (share of the memory bandwidth)", ">= 85%" if p == "bf16" else "",
                  lambda r, p=p: f"{1000 / r['ms'][p]:.1f} ({100 * r['share_of_bandwidth'][p]:.0f}%)") for p in ("bf16", "INT8", "INT4")]
-    rows += [line("bf16 / gpt-fast bf16 compiled", ">= 1.0", lambda r: "not compared"),
-             *(line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not installed") for key, goal in
-               (("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0")))]
+    rows += [line(key, goal, lambda r, key=key: f"{r[key]:.2f}" if r[key] else "not here") for key, goal in
+             (("bf16 / gpt-fast", ">= 1.0"), ("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0"))]
     for n, first in enumerate(shapes[0]["routed"]):
         how = f"horizon {'1' if first['horizon'] == 1 else 'L'}, {first['speedup_target']:g}x asked"
         of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}"

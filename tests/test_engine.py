@@ -264,14 +264,37 @@ def test_the_fastest_right_kernel_is_chosen_and_recorded(monkeypatch):
     assert quant.choose((16, 16, 64, "other"), {"broken": layouts["broken"]}, lambda x: x @ w.T, "cpu") == "reference"
 
 
-def test_speed_of_a_shape_end_to_end():
-    """The function behind --suite gpu on a tiny shape: the engine on the CPU, direct calls for graphs."""
+GPT_FAST = """
+import torch
+class ModelArgs:
+    def __init__(self, **given):
+        self.__dict__ |= given
+class Transformer(torch.nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        assert args.n_local_heads == 2 and args.dim == 64 and args.intermediate_size == 96 and args.rope_base == 1e6
+        self.embed, self.output = torch.nn.Embedding(args.vocab_size, args.dim), torch.nn.Linear(args.dim, args.vocab_size, bias=False)
+    def setup_caches(self, batch, length):
+        assert (batch, length) == (1, 140)
+    def forward(self, idx, input_pos):
+        return self.output(self.embed(idx))
+"""
+
+
+def test_speed_of_a_shape_end_to_end(tmp_path, monkeypatch):
+    """The function behind --suite gpu on a tiny shape: the engine on the CPU, direct calls for graphs; gpt-fast's interface as its
+    generate.py uses it."""
+    monkeypatch.setattr(torch, "compile", lambda f, **how: f)
+    (tmp_path / "model.py").write_text(GPT_FAST)
     config = replace(speed.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
-    r = speed.speed_of_shape("tiny", config, "cpu", 1, 10.0, context=100, tokens=40)
+    r = speed.speed_of_shape("tiny", config, "cpu", 1, 10.0, tmp_path, context=100, tokens=40)
     table = speed.gpu_table([r, r])
     assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
     assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured"))
-    assert r["ms"]["transformers"] > 0 and len({*map(len, table.splitlines())}) == 1
+    assert all(r["ms"][peer] > 0 and r[f"bf16 / {peer}"] > 0 for peer in ("transformers", "gpt-fast"))
+    with pytest.raises(ValueError, match="give --gpt-fast a checkout"):
+        speed.gpt_fast(tmp_path / "none", config, "cpu", 100, 40)
+    assert len({*map(len, table.splitlines())}) == 1
     json.dumps(r)
 
 
