@@ -17,7 +17,7 @@ ValueError where the speedup is out of reach.
                        after 20 decoded tokens also MLPs that proved as similar on them (AdaSkip, arXiv 2501.02336)
     random_skip        each block skipped at random, token by token, unscaled (the paper's Random Skip)
     random_mix         each block in one of two states at random, token by token, at the cost asked for
-    static_mix         one state a block for all tokens, the best by the mean damage of each (train.py's labels, or measured)
+    static_mix         one state a block for all tokens, the best by the mean damage of each (fisher.py's labels, or measured)
     best_static        the best of five such plans by the KL it is measured to cost on training text: `static_candidates`
     position_mix       a state for each block and position, blind to content, by the labels' means
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, outcomes
-from policy import STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
+from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
 
 
 @dataclass
@@ -241,6 +241,31 @@ def static_candidates(known, alone, measure, targets):
     return [lambda speedup, d=damage: static_plan(d, known.costs, 4 / speedup)[1] for damage in tables] + [within]
 
 
+@torch.no_grad()
+def sensitivities(model, examples, scale, states=(0, 1, 2)):
+    """KL to the full model when one block alone runs in one state, in nats for each token that was run: (L, 4) over STATES.
+
+    The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
+    Every run starts at its block, from the full model's hidden states.
+    """
+    L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), sum(sum(e.lengths) for e in examples)
+    for example in tqdm(examples, desc="sensitivity", leave=False):
+        R, T = example.rows.shape
+        inputs, rope = [x for x, _, _ in model.block_by_block(example.rows)], model.rope(0, T)
+
+        def predict(i, state):  # block i alone in this state
+            x = inputs[i]
+            for j in range(i, L):
+                x = model.blocks[j](x, R, [(state if j == i else 4, None)], scale[j], rope)
+            return outcomes(model, model.norm(x).view(R, T, -1), example)[0]
+
+        full = predict(L - 1, 4)
+        for i in range(1, L):
+            for s in [s for s in states if s or i < L - 1]:
+                damage[i, INDEX_OF[s]] += float(kl(full, predict(i, s)).sum()) / tokens
+    return damage
+
+
 def measured_kl(model, examples, scale=None, kv="fill"):
     """A function of states (L,): the KL that they are measured to cost on these examples, nats, a float."""
     full = [outcomes(model, model.hidden(e.rows), e)[0] for e in examples]
@@ -324,18 +349,16 @@ def bootstrap(statistic, *values, draws=2000):
     return found.quantile(0.025).item(), found.quantile(0.975).item()
 
 
-def interval(values, base=None):
-    """95% interval of the mean of values (n,), or of their mean paired difference to base (n,): (low, high)."""
-    if base is None:
-        return bootstrap(lambda v: v.mean(1), values)
-    return bootstrap(lambda a, b: (a - b).mean(1), values, base)
+def interval(values):
+    """95% interval of the mean of values (n,): (low, high)."""
+    return bootstrap(lambda v: v.mean(1), values)
 
 
 def spread(values, base=None, unit=1, form=".4f"):
     """The mean of values (n,), or of their paired difference to base (n,), with its 95% interval, as text."""
-    low, high = interval(values, base)
-    mean = sum(map(float, values)) / len(values) - (0 if base is None else sum(map(float, base)) / len(base))
-    return f"{unit * mean:{form}} [{unit * low:{form}}, {unit * high:{form}}]"
+    values, base = (torch.as_tensor(v, dtype=torch.float64) for v in (values, 0 if base is None else base))
+    low, high = interval(unit * (values - base))
+    return f"{(unit * (values - base)).mean():{form}} [{low:{form}}, {high:{form}}]"
 
 
 def public(row):
@@ -349,7 +372,7 @@ def comparison_table(names, rows, choice=False):
     cells = []
     for name, r in zip(names, rows):
         change = spread(r["each"][key], rows[0]["each"][key], unit, f"+.{digits}f") if r is not rows[0] else ""
-        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change, f"{r['kl']:.4f}",
+        cells.append([name, f"{r['speedup']:.2f}x", f"{unit * r[key]:.{digits}f}", change, spread(r["each"]["kl"]) if r is not rows[0] else "",
                       f"{100 * r['top1']:.1f}%", ", ".join(f"{100 * r['states'][s]:.0f}%" for s in ("0", "1", "2", "4"))])
     return format_table(["", "speedup in bits", "accuracy, %" if choice else "nats", "change", "KL to full", "top-1 agreement",
                          "skip, INT4, INT8, full"], cells)

@@ -9,19 +9,20 @@
 
 import copy
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare, public
+from baselines import bootstrap, compare, public, sensitivities
 from common import pick_device, save_figure, save_result
 from data import load_articles, load_examples, load_text, text_examples, windows
 from infer import generate, has_graphs
 from model import load
 from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
-from train import SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile, sensitivities
+from train import SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile
 
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
@@ -45,6 +46,8 @@ def read_policy(path, model, needed):
     policy = Policy.load(path).to(model.embed.weight.device)
     if needed:
         policy.check(model)
+        if not policy.prices:
+            raise ValueError(f"{path} has no prices; train it with train.py")
     return policy if policy.fingerprint == model.fingerprint() else None
 
 
@@ -205,6 +208,8 @@ def at_hand(args, task, default, path, needed=True):
     for policy, own, file in zip(policies, called, [path, *args.compare]):
         if policy:
             policy.name = f"{own}, {file}" if called.count(own) > 1 else own
+    if args.file and policies[0] and str(args.file) == str(policies[0].settings.get("data")):
+        print(f"note: {path} was trained on the first four fifths of {args.file}", file=sys.stderr)
     model.quantize(int4=int4)
     known, context = known_of(model, policies[0], args.seed), model.config.block_size
     known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)

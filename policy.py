@@ -16,6 +16,8 @@ Equation numbers are those of DASH (arXiv 2505.17420):
     (18)    at inference  s' = argmax q - mu cost                                           `Policy.decide`
     (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs             `plan`
 
+Eq 11-17 are put to use in reinforce.py; by default the labels of fisher.py take their place.
+
 Everything in q but h takes few values. So E(i), E(i+1) act as a gain and a shift of the second hidden layer, looked up
 by block, and e(s), e(s') as a bias of the output, looked up by block and state: d -> 128 -> 128 -> 4 states in one go.
 The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
@@ -43,7 +45,7 @@ STATE_OF, INDEX_OF = STATES.tolist(), INDEX.tolist()  # the same for single toke
 def bit_costs(config, policy=None):
     """Cost of the four states in units of 4 bits a weight: a skip still fills keys and values in INT4, unless kv is "none".
 
-    Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (model.Config). For a policy that gives
+    Returns (4,) fp32; the first is params(k, v) / params(block) of an LLM configuration (weights.Config). For a policy that gives
     attention and MLP states of their own (2, 4): the costs of each, in proportion to its parameters. A policy may name what else it
     runs, `extra`: 16-bit weights per token, shared out among the blocks, and per skipped block or MLP (routers and adapters).
     """
@@ -122,7 +124,7 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    q is minus the damage that running block i in s' is expected to do, in nats, so FP16 has q = 0; the network gives the
+    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0; the network gives the
     damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
     to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
     however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
@@ -210,6 +212,7 @@ class Fixed:
     skips a block: "fill", its input through k_proj and v_proj in INT4; "copy", the same from the input of the last block that the
     token ran; "none", nowhere. With 2 L scales "block" means sublayer: attention of block 1, its MLP, attention of block 2... In the
     place of an a_i there may be a function of the skipped rows (model.skip), and it may have a `gain` that weighs all rows (model.weigh).
+    What a policy runs besides, it names as `extra` (`bit_costs`).
     """
 
     def __init__(self, states, scale=None, kv="fill"):
@@ -269,9 +272,9 @@ def static_plan(damage, costs, target):
 POSITIONS = 11  # buckets of positions: t = 0, 1, 2-3, 4-7, ..., 512 and beyond
 
 
-def bucket(t, buckets=POSITIONS):
-    """Positions t, an int64 tensor of any shape -> their bucket 0..buckets - 1, the number of binary digits of t."""
-    return sum((t >= 2**k).long() for k in range(buckets - 1))
+def bucket(t):
+    """Positions t, an int64 tensor of any shape -> their bucket 0..POSITIONS - 1, the number of binary digits of t."""
+    return sum((t >= 2**k).long() for k in range(POSITIONS - 1))
 
 
 class ByPosition(Fixed):

@@ -8,11 +8,12 @@ A block of the model can run in one of three precisions (the MDP's states, see p
 
 Three things are kept apart on purpose:
 
-    rounding   `quantize_int8`, `quantize_int4` (to nearest), `gptq_int4` (so that the layer's *output* changes least):
-               a weight becomes codes, scales and zeros. Scales and zeros are
-               rounded to bf16 *before* the codes are chosen, so that the same codes mean the same weights to the
-               fake path (any dtype) and to the kernels (which want scales in the activations' type, bf16).
-    fake       `fake_quantize`: the dequantised weight, with a straight-through gradient; a plain matrix product.
+    rounding   `quantize_int8`, `quantize_int4` (to nearest), `gptq_int4` (so that the layer's *output* changes least): a weight
+               becomes codes, scales and zeros; `cache_codes` does it for a whole model. Scales and zeros are rounded to
+               bf16 *before* the codes are chosen, so that the same codes mean the same weights to the fake path (any
+               dtype) and to the kernels (which want scales in the activations' type, bf16).
+    fake       `FakeWeight`: the dequantised weight and a plain matrix product, for whole sequences; `fake_quantize`: the same
+               with a straight-through gradient.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; on a GPU in bf16, for one row, the
                fastest of `ROW_KERNELS` for the shape, by measurement; every other case takes the path named
@@ -24,10 +25,14 @@ that are ours").
 """
 
 import functools
+import hashlib
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import read_safetensors, refusing, write_safetensors
 
 GROUP = 64  # inputs that share one INT4 scale and zero
 DAMPING, CLIPS = 0.01, [0.7 + 0.05 * k for k in range(7)]  # of GPTQ: of the Hessian's diagonal; shares of a group's minimum and maximum
@@ -57,17 +62,17 @@ def dequantize_int8(codes, scale):
     return codes.float() * scale[:, None].float()
 
 
-def quantize_int4(weight, group=GROUP):
-    """Round to nearest, min-max, asymmetric, per group of `group` inputs. A last group may be narrower.
+def quantize_int4(weight):
+    """Round to nearest, min-max, asymmetric, per group of GROUP inputs. A last group may be narrower.
 
-    weight (N, K) float -> codes (N, K) uint8 in 0..15, scale and zero (N, ceil(K / group)) fp32 holding bf16 values.
+    weight (N, K) float -> codes (N, K) uint8 in 0..15, scale and zero (N, ceil(K / GROUP)) fp32 holding bf16 values.
     """
     w = weight.detach().float()
     N, K = w.shape
-    pad = -K % group
+    pad = -K % GROUP
     if pad:  # repeating a column leaves the minimum and maximum of its group alone
         w = torch.cat([w, w[:, -1:].expand(N, pad)], dim=1)
-    w = w.view(N, -1, group)
+    w = w.view(N, -1, GROUP)
     low, high = w.amin(-1), w.amax(-1)
     scale = _bf16((high - low) / 15).clamp(min=1e-20)
     zero = _bf16(low + 8 * scale)
@@ -75,11 +80,11 @@ def quantize_int4(weight, group=GROUP):
     return codes.view(N, -1)[:, :K].to(torch.uint8), scale, zero
 
 
-def dequantize_int4(codes, scale, zero, group=GROUP):
-    """codes (N, K) uint8, scale and zero (N, ceil(K / group)) -> (N, K) fp32."""
+def dequantize_int4(codes, scale, zero):
+    """codes (N, K) uint8, scale and zero (N, ceil(K / GROUP)) -> (N, K) fp32."""
     K = codes.shape[1]
-    scale = scale.float().repeat_interleave(group, dim=1)[:, :K]
-    zero = zero.float().repeat_interleave(group, dim=1)[:, :K]
+    scale = scale.float().repeat_interleave(GROUP, dim=1)[:, :K]
+    zero = zero.float().repeat_interleave(GROUP, dim=1)[:, :K]
     return (codes.float() - 8) * scale + zero
 
 
@@ -103,7 +108,7 @@ def clipped_range(w, importance):
     return best[1:]
 
 
-def gptq_int4(weight, hessian, group=GROUP, damping=DAMPING):
+def gptq_int4(weight, hessian):
     """GPTQ: round one input after the other and let the inputs still to come make up for the error.
 
     weight (N, K), hessian (K, K) fp32, the sum of x x^T over calibration inputs -> codes, scale, zero as `quantize_int4`.
@@ -112,12 +117,12 @@ def gptq_int4(weight, hessian, group=GROUP, damping=DAMPING):
     w, K = weight.detach().float().clone(), weight.shape[1]
     diagonal = hessian.diagonal().clone()
     h = hessian.double()
-    h.diagonal().add_(damping * diagonal.double().mean().clamp(min=1e-12))
+    h.diagonal().add_(DAMPING * diagonal.double().mean().clamp(min=1e-12))
     # fp64: accumulated in less, the matrix is not positive definite
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     codes, scales, zeros = torch.empty_like(w), [], []
-    for start in range(0, K, group):
-        end = min(start + group, K)
+    for start in range(0, K, GROUP):
+        end = min(start + GROUP, K)
         scale, zero = clipped_range(w[:, start:end], diagonal[start:end])
         errors = torch.empty(len(w), end - start, device=w.device)
         for j in range(start, end):
@@ -129,6 +134,76 @@ def gptq_int4(weight, hessian, group=GROUP, damping=DAMPING):
         scales.append(scale)
         zeros.append(zero)
     return codes.to(torch.uint8), torch.stack(scales, 1), torch.stack(zeros, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# INT4 codes of a whole model: chosen block after block, cached beside it
+
+
+class Rounding:
+    """Stands in for a layer's INT4 weight while its codes are chosen: the one call sees every calibration input at once,
+    and what comes after it in the block sees outputs that are quantised already."""
+
+    def __init__(self, linear, codes):
+        self.linear, self.codes = linear, codes
+
+    def __call__(self, x):
+        self.codes = self.codes or gptq_int4(self.linear.weight, x.T @ x)
+        return F.linear(x, dequantize_int4(*self.codes))
+
+
+@torch.no_grad()
+def choose_codes(model, tokens, codes, keep):
+    """Fill codes {"BLOCK.LAYER": (codes, scale, zero)}, which may hold the first blocks already, from calibration tokens (n, T).
+
+    Sequential: each block's inputs come from the quantised blocks before it; the first block, which always runs in state 4,
+    passes on the output of state 4. `keep(codes)` is called every few blocks.
+    """
+    x, rope = model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1])
+    for i, block in enumerate(tqdm(model.blocks, desc="round to INT4")):
+        for name, linear in block.linears().items():
+            linear.low["round"] = Rounding(linear, codes.get(f"{i}.{name}"))
+        y = block(x, len(tokens), [("round", None)], 1.0, rope)
+        for name, linear in block.linears().items():
+            codes[f"{i}.{name}"] = linear.low.pop("round").codes
+        x = y if i else block(x, len(tokens), [(4, None)], 1.0, rope)
+        if i % 6 == 5:
+            keep(codes)
+
+
+def codes_name(tokens):
+    """What INT4 codes chosen on these calibration tokens, by these settings, are called."""
+    return "gptq-" + hashlib.sha256(tokens.cpu().numpy().tobytes() + repr((GROUP, DAMPING, CLIPS)).encode()).hexdigest()[:12]
+
+
+def cache_codes(model, tokens):
+    """Choose INT4 codes on calibration tokens (n, T) and cache them beside the model, unless they are there. A run that was killed
+    goes on from the blocks that it had."""
+    path = model.codes_file(codes_name(tokens))
+    if path.exists():
+        return
+
+    def write(path, codes):
+        tensors = {}
+        for key, (code, scale, zero) in codes.items():
+            tensors |= {key + ".codes": pack_nibbles(code), key + ".width": torch.tensor(code.shape[1]),
+                        key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
+        write_safetensors(path, tensors)
+
+    some = path.with_suffix(".some")
+    codes = read_codes(some, tokens.device) if some.exists() else {}
+    choose_codes(model, tokens, codes, keep=lambda codes: write(some, codes))
+    write(path, codes)
+    some.unlink(missing_ok=True)
+
+
+def read_codes(path, device):
+    """Cached INT4 codes -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the path and the remedy."""
+    tensors = {k: t.to(device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
+    names = {k.rsplit(".", 1)[0] for k in tensors}
+    width = lambda n: int(tensors[n + ".width"])
+    with refusing(path, "holds no INT4 codes", "delete it and run train.py again"):
+        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -144,6 +219,21 @@ def fake_quantize(weight, state):
         return weight
     rounded = dequantize_int8(*quantize_int8(weight)) if state == 2 else dequantize_int4(*quantize_int4(weight))
     return weight + (rounded.to(weight.dtype) - weight).detach()
+
+
+class FakeWeight:
+    """A dequantised weight (N, K): x (n, K) -> x W^T (n, N). Fastest for many tokens at once, largest in memory."""
+
+    kernel = "fake"
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def tensors(self):
+        return [self.weight]
+
+    def __call__(self, x):
+        return F.linear(x, self.weight)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -332,19 +422,8 @@ def linear_by_row(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-class FakeWeight:
-    """A dequantised weight (N, K): x (n, K) -> x W^T (n, N). Fastest for many tokens at once, largest in memory."""
-
-    kernel = "fake"
-
-    def __init__(self, weight):
-        self.weight = weight
-
-    def tensors(self):
-        return [self.weight]
-
-    def __call__(self, x):
-        return F.linear(x, self.weight)
+# ----------------------------------------------------------------------------------------------------------
+# The layer: one weight, three precisions
 
 
 class RoutedLinear(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare, interval, public, spread
+from baselines import bootstrap, compare, interval, public, sensitivities, spread
 from common import canvas, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, one_text, policy_path, publish, rank, rouge,
@@ -18,7 +18,7 @@ from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folde
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits
 from quant import fake_quantize
-from train import SHADES, profile, sensitivities
+from train import SHADES, profile
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def budget(args, policy, task, speedups, tokens=512):
 def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
     task = one_text(args)
-    model, tokenizer, policies, known, examples = at_hand(args, task, TASKS.get(task, 4), policy_path(args, task))
+    model, tokenizer, policies, known, examples = at_hand(args, task, 2 if task in TEXTS else TASKS.get(task, 16), policy_path(args, task))
     policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
     baselines.observe(known, model)
     choice = examples[0].choices is not None
@@ -270,10 +270,9 @@ def figures(args):
     text = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
     rows = windows(tokenizer, load_text(*text), 32 if args.full else 8, size, spread=True).to(known.samples.device)
-    h = []
-    for x, _, y in model.block_by_block(rows):
-        h.append(x)
-    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in [*h, y]])  # (L + 1, N, C), without first tokens
+    layers = list(model.block_by_block(rows))
+    h = [*(x for x, _, _ in layers), layers[-1][2]]  # h_0 to h_L
+    h = torch.stack([t.view(*rows.shape, -1)[:, 1:].flatten(0, 1) for t in h])  # (L + 1, N, C), without first tokens
     similarity = F.cosine_similarity(h[:-1], h[1:], dim=-1).cpu()  # (L, N)
     what = f"{text[0]}, test, {similarity.shape[1]} tokens"
     figure1(args, model, known, h, similarity, items, f"{what}; accuracy on {task}, n = {len(items)}, 95% intervals")
@@ -302,7 +301,7 @@ def figure1(args, model, known, h, similarity, items, what):
     markdown = format_table(["blocks skipped", "the last of them", "accuracy, %"], cells) + (
         f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'not even in the last block'}.")
     publish(args, "figure1", model, figure, caption=f"The paper's Figure 1. {what}.", markdown=markdown,
-            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right)
+            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right, n=len(items), tokens=similarity.shape[1])
 
 
 def figure2(args, model, known, rows, similarity, what):
@@ -322,7 +321,7 @@ def figure2(args, model, known, rows, similarity, what):
     axes.legend()
     header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
     caption = f"The paper's Figure 2. {what}; without blocks {', '.join(str(i + 1) for i in sorted(skipped))}."
-    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells))
+    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells), tokens=len(kind), rows=cells)
 
 
 def figure4(args, model, policies, rows, similarity, what):
@@ -357,7 +356,7 @@ def figure4(args, model, policies, rows, similarity, what):
         format_table(["skip rate, states 0 and 4 only, 1.33x; block", *range(2, len(early[0]) + 1)], early)])
     caption = (f"The paper's Figure 4. {what}; similarities are the full model's. Horizon 0 decides a block from its own input, 1 from the "
                "input of the block before (the paper).")
-    publish(args, "figure4", model, figure, caption=caption, markdown=markdown)
+    publish(args, "figure4", model, figure, caption=caption, markdown=markdown, tokens=similarity.shape[1], states=cells, skip_rate=early)
 
 
 @torch.no_grad()
@@ -378,11 +377,10 @@ def transfer(args):
             model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
             full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
             key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
-            found[trained][tested] = {"kl": row["kl"], "interval": interval(row["each"]["kl"]),
-                                      "speedup": row["speedup"], "change": unit * (row[key] - full[key])}
+            found[trained][tested] = {"kl": row["kl"], "speedup": row["speedup"], "each": row["each"], "change": spread(
+                row["each"][key], full["each"][key], unit, "+.3g")}
             sizes[tested] = len(examples)
-        cells.append([trained, *(f"{r['kl']:.4f} [{r['interval'][0]:.4f}, {r['interval'][1]:.4f}], {r['change']:+.3g} ({r['speedup']:.2f}x)"
-                                 for r in found[trained].values())])
+        cells.append([trained, *(f"{spread(r['each']['kl'])}, {r['change']} ({r['speedup']:.2f}x)" for r in found[trained].values())])
     figure, [axes] = canvas(7, 5)
     best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
     figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r", norm="log"), ax=axes)
@@ -394,4 +392,4 @@ def transfer(args):
     caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
                "change of accuracy in points or of nats (speedup in bits); priced on the test text."
                + (f" No policy yet for {', '.join(missing)}." if missing else ""))
-    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found)
+    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found, n=sizes)

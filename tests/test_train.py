@@ -9,6 +9,10 @@ import time
 import pytest
 import torch
 
+import baselines
+import fisher
+import quant
+import reinforce
 import train
 from baselines import compare
 from conftest import ended, script, start
@@ -148,7 +152,7 @@ def test_sensitivity_is_the_damage_of_one_block(tiny):
     model, _ = load(str(tiny))
     model.quantize()
     tokens, scale = torch.randint(0, 300, (2, 12)), [1.0, 0.9, 1.1, 1.0]
-    damage = train.sensitivities(model, text_examples(tokens), scale)
+    damage = baselines.sensitivities(model, text_examples(tokens), scale)
     states = torch.tensor([4, 4, 0, 4])
     full, routed = model(tokens).log_softmax(-1), model(tokens, Fixed(states, scale)).log_softmax(-1)
     assert damage[2, 0].item() == pytest.approx(kl(full, routed)[:, :-1].sum().item() / 24, rel=1e-4)
@@ -189,7 +193,7 @@ def test_fisher_label_is_the_kl_of_one_choice(tiny):
     generate(model, tokenizer, "the cat", random_policy(model, 0), 2)  # what it caches must not stand in the way of gradients
     window = torch.randint(0, 300, (10,))
     [example] = text_examples(window[None])
-    labels = train.fisher_labels(model, example, [1.0] * 4, 400, torch.Generator().manual_seed(0))
+    labels = fisher.fisher_labels(model, example, [1.0] * 4, 400, torch.Generator().manual_seed(0))
     assert labels.shape == (10, 3, 3) and (labels >= 0).all()
     full = model(window[None]).log_softmax(-1).detach()
     predicted, measured = [], []
@@ -208,10 +212,10 @@ def test_skip_labels_have_the_measured_mean_and_a_share_of_it(tiny, tmp_path, mo
     model, _ = load(str(tiny))
     model.quantize()
     examples, seen = text_examples(torch.randint(0, 300, (2, 40))), []
-    monkeypatch.setattr(train, "fit", lambda scorer, labels, *rest: (seen.append(labels), (labels.mean(0), []))[1])
+    monkeypatch.setattr(fisher, "fit", lambda scorer, labels, *rest: (seen.append(labels), (labels.mean(0), []))[1])
     checkpoint = Checkpoint(tmp_path / "c.safetensors", {}, 0, False)
-    train.learn_from_labels(Scorer(4, 64), model, examples, examples[:1], [1.0] * 4, 4, checkpoint, tmp_path / "log")
-    skip, labels = train.sensitivities(model, examples[:1], [1.0] * 4, states=[0])[1:3, 0], seen[0][:, :2, 0]
+    fisher.learn(Scorer(4, 64), model, examples, examples[:1], [1.0] * 4, 4, checkpoint, tmp_path / "log")
+    skip, labels = baselines.sensitivities(model, examples[:1], [1.0] * 4, states=[0])[1:3, 0], seen[0][:, :2, 0]
     assert torch.allclose(labels.mean(0), skip, rtol=1e-3) and (labels >= 0.099 * skip).all() and (labels.min(0).values < 0.5 * skip).all()
 
 
@@ -225,7 +229,7 @@ def test_fit_finds_what_the_hidden_state_says():
     labels = wanted * -torch.rand_like(wanted).log()  # exponential noise around the mean
     scorer = Scorer(4, 32)
     features = scorer.features(hidden.view(8, 256, 32), 0)
-    train.fit(scorer, labels, {1: features.flatten(0, 1)}, 4, seed=0, epochs=12)
+    fisher.fit(scorer, labels, {1: features.flatten(0, 1)}, 4, seed=0, epochs=12)
     predicted = scorer.log_damage(features, range(1, 4))[..., 0, :3].flatten(0, 1).exp().detach()
     for k in range(3):
         for b in range(3 - (k == 0)):
@@ -238,16 +242,16 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, tokenizer = load(str(tiny))
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:512].view(4, 128)
-    name = train.codes_name(tokens)
-    train.cache_codes(model, tokens)
+    name = quant.codes_name(tokens)
+    quant.cache_codes(model, tokens)
     file = model.codes_file(name)
     stamp = file.stat().st_mtime_ns
-    train.cache_codes(model, tokens)
+    quant.cache_codes(model, tokens)
     assert file.stat().st_mtime_ns == stamp
     some, kept = {}, []
-    train.choose_codes(model, tokens, some, kept.append)
+    quant.choose_codes(model, tokens, some, kept.append)
     half = {key: value for key, value in some.items() if key[0] in "01"}  # a run that was killed after two blocks
-    train.choose_codes(model, tokens, half, kept.append)
+    quant.choose_codes(model, tokens, half, kept.append)
     assert all(torch.equal(a, b) for key in some for a, b in zip(some[key], half[key]))
     model.quantize(int4=name)
     gptq = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])])[1]["kl"]
@@ -267,7 +271,7 @@ def test_training_of_the_base_resumes_bit_for_bit(tiny, some_text, tmp_path):
             model, tokenizer = load(str(tiny))
             model.quantize()
             examples = text_examples(torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(3, 32))
-            train.train_base(model, random_policy(model, 0), examples, until, Checkpoint(tmp_path / name, {}, 0, resume=n > 0), lr=1e-3)
+            reinforce.train_base(model, random_policy(model, 0), examples, until, Checkpoint(tmp_path / name, {}, 0, resume=n > 0), lr=1e-3)
         return model.state_dict()
 
     before, whole, resumed = load(str(tiny))[0].state_dict(), trained("whole", 12), trained("parts", 10, 12)

@@ -1,0 +1,194 @@
+"""Fisher labels: what damage each (token, block, state) does, and a scorer that learns to foresee it. `train.py --objective fisher`.
+
+Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, token, state): each product computes
+x W + a stop(x (W_s - W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i
+times its input, and its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d log p(sequence) / d a, averaged over draws. That is the second-order estimate of
+the KL divergence which this one choice adds over *all* later tokens, damage to keys and values included. In the words of the MDP it
+is -R_acc of Eq 13 summed over the whole episode, with every other decision at state 4: a value, where the paper samples returns.
+
+    fisher_labels   one forward pass of the full model, and for each draw one backward pass to all gates at once
+    fit             the scorer (policy.Scorer, Eq 8-10) learns their expectation from the hidden state
+    learn           both; the labels of skips are held to what baselines.sensitivities measures
+"""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from baselines import sensitivities
+from common import descend, write_whole
+from data import outcomes
+from policy import POSITIONS, bucket, plan
+
+SKIP_SHARE = 0.1  # of a skip label: what every token has of its block's mean
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Labels
+
+
+class Gates(torch.autograd.Function):
+    """y (n, N) unchanged, but with gates (3, n) = 0, one a token towards each change: y + sum gate * change. Their slopes are the dot
+    products of dL/dy with the changes; a change of fewer columns is one of the last columns, None is none."""
+
+    @staticmethod
+    def forward(ctx, y, gates, *changes):
+        ctx.changes = changes
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, slope):
+        dots = [slope.new_zeros(len(slope)) if c is None else torch.linalg.vecdot(slope[:, -c.shape[1] :], c) for c in ctx.changes]
+        return slope, torch.stack(dots), None, None, None
+
+
+class Gated:
+    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
+
+    def __init__(self, linear, gates, fill_from=None):
+        self.linear, self.gates, self.fill_from = linear, gates, fill_from
+
+    def __call__(self, x):
+        y = F.linear(x, self.linear.weight)
+        with torch.no_grad():
+            int4, int8 = self.linear.low[1](x) - y, self.linear.low[2](x) - y
+        # a skipped token's keys and values are in INT4
+        return Gates.apply(y, self.gates, None if self.fill_from is None else int4[:, self.fill_from :], int4, int8)
+
+
+def draws(model, hidden, example, generator):
+    """Targets drawn from the model's own distribution, without end: yields d log p(targets) / d hidden.
+
+    For text (T, C), from hidden (T, C); for items (R, T, C), from hidden (R, T, C), which must require a gradient. Text: a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never
+    touch the head again. Multiple choice: one answer.
+    """
+    if example.choices is None:
+        with torch.no_grad():
+            p = model.head(hidden).softmax(-1)
+            expected, p = p @ model.head.weight, p.cumsum(-1)
+        while True:  # through the distribution function: torch.multinomial takes ten times as long
+            u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
+            yield model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected
+    logp = outcomes(model, hidden, example)[0][0]
+    while True:
+        pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
+        yield torch.autograd.grad(logp[pick], hidden, retain_graph=True)[0]
+
+
+def fisher_labels(model, example, scale, n_draws, generator, watch=None):
+    """Half the squared derivative of log p(targets) by every gate, averaged over draws of the targets.
+
+    Example with N tokens -> (N, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats, each the harm done to all that the example
+    predicts. scale: a_i of every block; generator: of the draws. `watch(i, x)` sees every block's input x (R, T, C).
+    """
+    R, T = example.rows.shape
+    L, x, rope = len(model.blocks), model.embed(example.rows).flatten(0, 1), model.rope(0, T)
+    gates = [torch.zeros(3, R * T, device=x.device, requires_grad=True) for _ in range(L)]
+    for i, (block, gate) in enumerate(zip(model.blocks, gates)):
+        if watch:
+            watch(i, x.detach().view(R, T, -1))
+        if i == 0:
+            x = block(x, R, [(4, None)], 1.0, rope)
+            continue
+        for name, linear in block.linears().items():
+            linear.low["gate"] = Gated(linear, gate, block.q_size if name == "qkv" else None)
+        y = block(x, R, [("gate", None)], 1.0, rope)
+        x = y if i == L - 1 else Gates.apply(y, gate, (scale[i] * x - y).detach(), None, None)
+        for linear in block.linears().values():
+            del linear.low["gate"]
+    hidden = model.norm(x).view(R, T, -1)
+    labels, source = 0.0, draws(model, hidden.detach().requires_grad_() if example.choices else hidden.detach()[0], example, generator)
+    for _ in range(n_draws):
+        slopes = torch.autograd.grad(hidden, gates[1:], next(source).view_as(hidden), retain_graph=True)
+        labels = labels + torch.stack(slopes).square() / (2 * n_draws)
+    return labels.permute(2, 0, 1)[example.keep().flatten()]
+
+
+def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
+    """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,).
+
+    Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
+    """
+    L, device = len(model.blocks), examples[0].rows.device
+    plans = [i for i in range(L) if plan(i, L, horizon)]
+    done = checkpoint.meta["step"]
+    parts, saved = [checkpoint.tensors] if done else [], 0
+    for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
+        part, keep = {}, examples[n].keep()
+
+        def watch(i, x):
+            if i in plans:
+                part[f"input.{i}"] = scorer.features(x, 0)[keep].detach().bfloat16()
+
+        generator = torch.Generator().manual_seed(seed * 1000003 + n)
+        part["labels"] = fisher_labels(model, examples[n], scale, 1, generator, watch)
+        part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
+        parts.append(part)
+        saved += len(part["labels"])
+        if saved >= 4096 or n + 1 == len(examples):
+            parts, saved = [{k: torch.cat([p[k].to(device) for p in parts]) for k in part}], 0
+            checkpoint.write(n + 1, parts[0])
+    found = {k: t.to(device) for k, t in parts[0].items()}
+    return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A scorer that predicts them
+
+
+def fit(scorer, labels, inputs, horizon, seed, epochs=8, batch=64, lr=1e-3):
+    """Fit log damage to labels (N, L - 1, 3) from inputs {block: (N, d + 2)}: the loss r + y exp(-r) is least where exp(r) is E[y].
+
+    y: label over its block's mean, cut at 50; r: predicted log damage minus the block's log mean; weighted by the root of
+    the block mean. The scorer, trained in place, starts at the means: its bias is set to their logarithm. Returns the means (L - 1, 3),
+    nats, and a list of {epoch, loss}.
+    """
+    L, N = len(scorer.bias), len(labels)
+    mean = labels.mean(0).clamp(min=1e-12)  # (L - 1, 3)
+    y, weight = (labels / mean).clamp(max=50), mean.sqrt() / mean.sqrt().sum()
+    weight[-1, 0] = 0.0  # the last block is never skipped
+    with torch.no_grad():
+        scorer.bias[1:, :, :3] = mean.log()[:, None]
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr)
+    generator, steps = torch.Generator().manual_seed(seed), epochs * (N // batch or 1)
+    torch.manual_seed(seed)  # dropout
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
+    scorer.train()
+    log = []
+    for epoch in tqdm(range(epochs), desc="fit", leave=False):
+        losses = []
+        for rows in torch.randperm(N, generator=generator).split(batch)[: N // batch or 1]:
+            loss = 0.0
+            for i, f in inputs.items():
+                blocks = plan(i, L, horizon)
+                these = slice(blocks[0] - 1, blocks[-1])
+                r = scorer.log_damage(f[rows, None].float(), blocks)[:, 0, :, :, :3].mean(2) - mean[these].log()
+                loss = loss + ((r + y[rows, these] * (-r).exp()) * weight[these]).sum((1, 2)).mean()
+            descend(loss, optimizer, scorer.parameters())
+            schedule.step()
+            losses.append(loss.item())
+        log.append({"epoch": epoch, "loss": sum(losses) / len(losses)})
+    scorer.eval()
+    return mean, log
+
+
+def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
+    """Labels, then fit. Returns the mean damage (L, 4) and the damage by position (POSITIONS, L, 4): at t = 0, 1, 2-3, 4-7, ...
+
+    few: examples that the damage of skips is measured on. The log, a line an epoch, goes to log_path.
+    """
+    labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint.seed, checkpoint)
+    # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
+    # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
+    # mean. For items all of it.
+    skip, share = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device), 1.0 if few[0].choices else SKIP_SHARE
+    labels[..., 0] = share * skip + (1 - share) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
+    write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
+    table = mean.repeat(POSITIONS, 1, 1)
+    for p, t in enumerate(bucket(position)[None] == torch.arange(POSITIONS, device=position.device)[:, None]):
+        if t.any():
+            table[p] = labels[t].mean(0)
+    return F.pad(mean, (0, 1, 1, 0)).cpu(), F.pad(table, (0, 1, 1, 0)).cpu()
