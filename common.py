@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-
-BEGAN = time.time()
+BEGAN = time.time()  # when the process began, for the seconds in results
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Files
 
+NO_MEMORY = "can't allocate memory"  # what PyTorch says of a CPU's, in a RuntimeError
 ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
 
 
@@ -78,9 +78,11 @@ def refusing(path, what, remedy):
     """Whatever goes wrong inside over what a file holds becomes a ValueError of one line: path, what it is not, why, the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError:  # not the file's fault
+    except (torch.OutOfMemoryError, MemoryError):  # not the file's fault
         raise
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as e:
+        if NO_MEMORY in str(e):
+            raise
         raise ValueError(f"{path} {what} ({' '.join(str(e).split())[:200]}); {remedy}") from None
 
 
@@ -94,7 +96,10 @@ def read_safetensors(path, maker="python train.py"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; make it with {maker}")
     with refusing(path, "is damaged or not ours", f"delete it and make it anew with {maker}"), safe_open(path, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {})["dash"])
+        meta = json.loads((f.metadata() or {})["dash"])
+        if not isinstance(meta, dict):
+            raise ValueError("no settings")
+        return {k: f.get_tensor(k) for k in f.keys()}, meta
 
 
 def read_json(path):
@@ -124,6 +129,12 @@ class Checkpoint:
 
     def write(self, step, tensors, **more):
         write_safetensors(self.path, tensors, step=step, settings=self.settings, **more)
+
+    def log(self, path):
+        """The log of this run, open, without the lines that a killed run wrote after its checkpoint."""
+        kept = path.read_text().splitlines()[: self.meta["step"]] if self.meta["step"] else []
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        return open(path, "a", buffering=1)  # a line is out as soon as it is written
 
     def steps(self, what, total, every, parameters, optimizer, generator, more=lambda: {}):
         """The steps of a training that are left: yields (step, progress bar). Puts parameters, {name: tensor} that the optimizer trains,
@@ -165,15 +176,18 @@ def format_table(header, rows):
 def save_result(path, device, model, seed, **content):
     """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
     import platform
+    from importlib import metadata
 
-    about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "device": device_name(device),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+    there = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
+    about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed,
+             "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+             "versions": {name: there[name] for name in ("transformers", "llama-cpp-python") if name in there},
              "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
 
 
 def device_name(device):
-    """What a reader of a number wants to know of the device: its name, and for a CPU the cores that were used and their vector unit."""
+    """What a reader of a number wants to know of the device: its name, and for a CPU the machine's cores and their vector unit."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     import platform
@@ -201,13 +215,20 @@ def save_figure(figure, path):
 # The command line
 
 
+def seed(text):
+    """What --seed takes: 0 to 2^32 - 1."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to {2**32 - 1}")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line, not the usage text."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
-        self.add_argument("--seed", type=int, default=0)
+        self.add_argument("--seed", type=seed, default=0)
         self.add_argument("--device", default="auto")
 
     def error(self, message):
@@ -217,19 +238,20 @@ class Parser(argparse.ArgumentParser):
 def command_line(main):
     """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except (ValueError, OSError) as e:
-        sys.exit(fail(" ".join(str(e).split())))
+        why = " ".join(str(e).split())
     except torch.OutOfMemoryError:
-        sys.exit(fail(f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
-                      "--samples, a shorter --prompt, or --device cpu"))
+        why = (f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
+               "--samples, a shorter --prompt, or --device cpu")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and NO_MEMORY not in str(e):
+            raise
+        why = "this machine's memory is full; give a smaller --model, --limit or --samples, or a shorter --prompt"
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted; what was finished is kept, and train.py goes on from it with --resume"))
-
-
-def fail(message):
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return 2
+        why = "interrupted; what was finished is kept, and train.py goes on from it with --resume"
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def pick_device(name):
@@ -240,6 +262,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: unknown; give auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: not served; give auto, cpu or cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")

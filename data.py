@@ -143,7 +143,7 @@ def load_items(name, split, data_dir=None):
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError(f"answer {answer!r} is no index of the choices")
             items.append({key: item[key] for key in ("subject", "question", "choices", "answer") if key in item})
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{place}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
     if name == "mmlu_5shot":
         dev = load_items("mmlu", "dev", data_dir)
@@ -153,8 +153,10 @@ def load_items(name, split, data_dir=None):
                 raise ValueError(f"mmlu's dev split has {len(item['shots'])} examples of {item.get('subject')!r}, mmlu_5shot needs 5")
     if name in CHOICE_TASKS or split is None:
         return items
-    cut = max(1, len(items) * 4 // 5)
-    return items[:cut] if split == "train" else items[cut:] or items[-1:]
+    if len(items) < 2:
+        raise ValueError(f"{name} has {len(items)} item; one learns from four fifths of a file and reports the rest, so give at least 2")
+    cut = len(items) * 4 // 5
+    return items[:cut] if split == "train" else items[cut:]
 
 
 def load_articles(name, split, data_dir=None):
@@ -216,19 +218,20 @@ def text_examples(rows):
     return [Example(row[None], [len(row)]) for row in rows]
 
 
-def item_examples(tokenizer, items, longest, device):
-    """Items -> Examples; choices that differ in their last token only share one row. ValueError when a choice is too long."""
+def item_examples(tokenizer, items, longest, device, where="the items"):
+    """Items -> Examples; choices that differ in their last token only share one row. ValueError names the item, of those in `where`,
+    whose choice is too long or has no token."""
     out = []
-    for item in items:
+    for n, item in enumerate(items, 1):
         context, choices = question(item)
         start, rows, spans = len(tokenizer.encode(context, add_special_tokens=True)), [], []
         for choice in choices:
             ids = tokenizer.encode(context + choice, add_special_tokens=True)
             if len(ids) <= start:  # a sum over nothing would be the likeliest of all
-                raise ValueError(f"the choice {choice[1:]!r} adds no token to its question, so it has no likelihood: {item['question'][:60]!r}")
+                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: the choice {choice[1:]!r} adds no token, so it has no likelihood")
             cut = max(0, len(ids) - 1 - longest)  # as the harness does, a question that is too long loses its beginning
             if cut >= start:
-                raise ValueError(f"a choice of {len(ids) - start} tokens does not fit into the context of {longest}: {item['question'][:60]!r}")
+                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: a choice of {len(ids) - start} tokens does not fit into the context of {longest}")
             row = ids[cut:-1]
             if row not in rows:
                 rows.append(row)
@@ -241,13 +244,14 @@ def item_examples(tokenizer, items, longest, device):
 
 
 def load_examples(name, split, tokenizer, n, size, data_dir=None, device="cpu", spread=False, choice=None):
-    """Up to n Examples of a task or file (see `load_text`): windows of `size` tokens, or items of at most `size` tokens."""
+    """Up to n Examples, on the device, of a task or file (see `load_text`, also for `choice`): windows of `size` tokens, or items of at
+    most `size` tokens. spread: windows over the whole text, not from its start."""
     if is_choice(name) if choice is None else choice:
         items = load_items(name, split, data_dir)
         if name in CHOICE_TASKS and data_dir is None:
             random.Random(0).shuffle(items)  # the hub has mmlu subject by subject, and the first few are to stand for all
-        return item_examples(tokenizer, items[:n], size, device)
-    return text_examples(windows(tokenizer, load_text(name, split, data_dir), n, size, name, spread).to(device))
+        return item_examples(tokenizer, items[:n], size, device, name)
+    return text_examples(windows(tokenizer, load_text(name, split, data_dir, choice), n, size, name, spread).to(device))
 
 
 def windows(tokenizer, text, n, size, where="the text", spread=False):

@@ -82,8 +82,8 @@ def controllers(args):
     full, *rows = compare(model, examples, [None, *(p for *_, p in ways)])
     rows = [r | {"method": m, "asked": n, "skipped": L * r["states"]["0"]} for (m, n, _), r in zip(ways, rows)]
     of = {(r["method"], r["asked"]): r for r in rows}
-    cell = lambda r: f"{lost(r, full)}, {r['kl']:.3f} ({r['skipped']:.1f} skipped)" if r else ""
-    markdown = format_table(["nats lost [95% interval], KL", *(f"{n} blocks" for n in budgets)],
+    cell = lambda r: f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['skipped']:.1f} skipped)" if r else ""
+    markdown = format_table(["nats lost, KL [95% intervals]", *(f"{n} blocks" for n in budgets)],
                             [[m, *(cell(of.get((m, n))) for n in budgets)] for m in dict.fromkeys(m for m, *_ in ways)])
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
@@ -95,7 +95,7 @@ def controllers(args):
     axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
                f"prices are set on this text. {'; '.join(said)}.")
-    publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=[public(r) for r in rows])
+    publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ def kv(args):
     ways = [(name, mode, with_kv(copy.copy(p), mode)) for name, p in contenders.items() for mode in ("fill", "none")]
     full, *rows = compare(model, examples, [None, *(p for _, _, p in ways)])
     rows = [r | {"method": name, "kv": mode} for (name, mode, _), r in zip(ways, rows)]
-    markdown = format_table(["nats lost [95% interval], KL (speedup in bits)", "filled, in INT4", "none"], [
-        [name, *(f"{lost(r, full)}, {r['kl']:.3f} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)] for name in contenders])
+    markdown = format_table(["nats lost, KL [95% intervals] (speedup in bits)", "filled, in INT4", "none"], [
+        [name, *(f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)] for name in contenders])
     figure, [axes] = canvas(7, 3.5)
     for n, mode in enumerate(("fill", "none")):
         height = [r["nats"] - full["nats"] for r in rows if r["kv"] == mode]
@@ -121,7 +121,7 @@ def kv(args):
     axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
                f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
-    publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], rows=[public(r) for r in rows])
+    publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def depth(args):
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
     if task not in TEXTS:
         raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
-    text = load_text(*source(args, task, "test"))
+    text = load_text(*source(args, task, "test"), False)
     passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
     asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
@@ -178,7 +178,7 @@ def depth(args):
     axes.legend(fontsize="small")
     caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of 96 tokens of {task}. Each cell: "
                f"blocks run a new token, their variance; cost a block in units of 4 bits a weight, its variance. {made(there, policy)}")
-    publish(args, "depth", model, figure, caption=caption, markdown=format_table(["", *contenders], cells), rows=rows)
+    publish(args, "depth", model, figure, caption=caption, markdown=format_table(["", *contenders], cells), n=len(passages), rows=rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def retain(args):
         load_text(*source(args, task, "train")), load_text(*source(args, task, "test"), task not in TEXTS)
     rows, short, n_of = [], {}, {}
     for task in tasks:
-        default = 2 if task in TEXTS else 16
+        default = 2 if task in TEXTS else 12
         model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, policy_path(args, task), needed=False)
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
         asked = sorted({r.settings["skip"] for r in there})
@@ -283,4 +283,4 @@ def retain(args):
                f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
                f"ShortGPT's cost on this text. {made(there, policy)}")
     markdown = format_table(["method, blocks skipped", *tasks, "mean"], cells)
-    publish(args, "retain", model, figure, caption=caption, markdown=markdown, rows=rows)
+    publish(args, "retain", model, figure, caption=caption, markdown=markdown, n=n_of, rows=rows)

@@ -90,7 +90,8 @@ class Engine:
         self.token, self.position = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
         self.x, self.rope = [new(1, c.n_embd), new(1, c.n_embd)], [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
         self.where = new(1, 2, dtype=torch.float32)
-        self.tables = [*model.rope(0, c.block_size), Scorer.positions(0, c.block_size, device)]
+        reach = min(self.size, c.block_size)
+        self.tables = [*model.rope(0, reach), Scorer.positions(0, reach, device)]
         self.slots, self.mask = torch.arange(self.size, device=device), new(1, 1, 1, self.size)
         self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
@@ -282,7 +283,8 @@ def engine_for(model, policy, size):
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False, eager=False):
-    """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`.
+    """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`. policy: what
+    `LLM.forward` takes, or None for the full model.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
@@ -311,7 +313,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     step, token = torch.tensor([ids], device=device), None
 
     def sample(logits):
-        return int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1).cpu(), 1, generator=generator))
+        return int(torch.multinomial(((logits - logits.max()) / max(temperature, 1e-30)).softmax(-1).cpu(), 1, generator=generator))
 
     while True:
         began = time.perf_counter()

@@ -29,8 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_safetensors, refusing
-from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8
-from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_codes, read_gguf, read_hf
+from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8, read_codes
+from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_gguf, read_hf
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,6 +137,8 @@ def weigh(scale, x, y):
 
 
 class Block(nn.Module):
+    """One block; `linears` are what has three precisions. c: weights.Config."""
+
     def __init__(self, c):
         super().__init__()
         self.c = c
@@ -234,13 +236,13 @@ class LLM(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        self.quantized, self.rope_table, self.head_int8, self.engine = False, None, None, None
+        self.quantized, self.int4, self.rope_table, self.head_int8, self.engine = False, None, None, None, None
 
     @torch.inference_mode(False)
     def quantize(self, real=False, int4=None):
         """Give every block its INT8 and INT4 weights: real kernels, or dequantised weights for whole sequences.
 
-        int4: None rounds to nearest; else a name that `codes_file` gave to codes which train.py chose and cached.
+        int4: None rounds to nearest; else what the codes that `quant.cache_codes` cached are called.
         FileNotFoundError or ValueError when they are not there. With real kernels `logits` uses an INT8 head: reading
         16-bit weights of the head would cost a tenth of a token.
         """
@@ -290,6 +292,8 @@ class LLM(nn.Module):
         if policy is not None:
             if not self.quantized:
                 self.quantize(int4=policy.int4)
+            if policy.int4 not in (None, self.int4):
+                raise ValueError(f"this policy goes with the INT4 codes {policy.int4}: call quantize(int4=policy.int4), with real=True to decode")
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
@@ -419,7 +423,7 @@ def load_trained(path, device, dtype, routed):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
     weights, meta = read_safetensors(path, "python train.py --train-model")
     remedy = "make it with python train.py --train-model"
-    if not isinstance(meta.get("base"), str) or Path(meta["base"]).resolve() == Path(path).resolve():
+    if not isinstance(meta.get("base"), str) or meta["base"].endswith(".safetensors"):  # `save_base` names what was there before any training
         raise ValueError(f"{path} does not say which model its weights belong to; {remedy}")
     model, tokenizer = load(meta["base"], device, dtype, routed)
     with refusing(path, "holds no weights that we can use", remedy):

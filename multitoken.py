@@ -200,4 +200,4 @@ def multitoken(args):
     header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s [of rounds]", "passes", "blocks run a token"]
     caption = (f"Direct multi-token decoding: {late} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
                f"{test.numel()} held-out tokens; 95% intervals over windows. Greedy decoding, fp32, {args.rounds} alternating rounds.")
-    publish(args, "multitoken", model, chart(rows), caption=caption, markdown=format_table(header, cells), steps=args.steps, rows=rows)
+    publish(args, "multitoken", model, chart(rows), caption=caption, markdown=format_table(header, cells), steps=args.steps, tokens=test.numel(), rows=rows)

@@ -109,7 +109,7 @@ def hidden(args):
     caption += (f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)." if articles
                 else "No summaries: they need cnn_dm in --data-dir and no other --task.")
     right.set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="cnn_dm, test" if articles else "No summaries")
-    publish(args, "hidden", model, figure, caption=caption, markdown="\n\n".join([said, *tables]), kept=kept, closer=closer, surely=surely,
+    publish(args, "hidden", model, figure, caption=caption, markdown="\n\n".join([said, *tables]), n=len(examples), kept=kept, closer=closer, surely=surely,
             distance=dict(zip(WAYS, found.transpose(0, 1).tolist())), summaries=rows)
 
 
@@ -225,7 +225,7 @@ def allocate(args, task):
                "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
     figure = oracle_chart(f"{task}, test: {what}", rows, shares, cost, change, pick, by_luck)
     publish(args, f"oracle-{task}", model, figure, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
-            blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
+            n=len(sequences), blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
             picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())
 
 

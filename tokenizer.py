@@ -86,6 +86,8 @@ class Tokenizer:
         self.characters = {b: ch for ch, b in self.table.items()}
         self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in (self.added | special).items()}
         self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
+        if not all(type(i) is int and i >= 0 for i in self.texts) or not {*template[0], *template[1]} <= self.texts.keys():
+            raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
         self.vocab_size = max(self.texts) + 1
         others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
         joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
@@ -254,8 +256,8 @@ def tokenizer_from_json(folder):
         merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
         special, added, whole = {}, {}, bool(bpe.get("ignore_merges"))
         for t in data.get("added_tokens", []):
-            if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
-                raise ValueError(f"{where}: added token {t['content']!r} with lstrip, rstrip or single_word is not supported")
+            if t.get("lstrip") or t.get("rstrip") or t.get("single_word") or not t["content"]:
+                raise ValueError(f"{where}: added token {t['content']!r}, empty or with lstrip, rstrip or single_word, is not supported")
             (special if t.get("special") else added)[t["content"]] = t["id"]
         steps = {name: steps_of(data.get(name)) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
         pattern, of_bytes = pattern_of(steps["pre_tokenizer"], merges, whole, where)
@@ -263,6 +265,7 @@ def tokenizer_from_json(folder):
         if kinds - ({"ByteLevel"} if of_bytes else {"Replace", "ByteFallback", "Fuse", "Strip"}) or not (of_bytes or bpe.get("byte_fallback")):
             raise ValueError(f"{where}: decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
         normal = steps["normalizer"] + [step for step in steps["pre_tokenizer"] if step["type"] == "Metaspace"]
+        normalizer_of(normal, where)("a b", True)  # a step that lacks something: say so now
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
         template = folder / "chat_template.jinja"

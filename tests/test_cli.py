@@ -284,6 +284,12 @@ FAULTS = [
     ("an unknown command", ["bench.py", "magic"], None, "magic"),
     ("a number that is none", [*OF_MODEL, "--max-new-tokens", "many"], None, "many"),
     ("no such device", [*INFER, "--model", "MODEL", "--device", "abacus"], None, "abacus"),
+    ("a device that is not served", [*INFER, "--model", "MODEL", "--device", "meta"], None, "meta"),
+    ("a seed out of range", [*OF_MODEL, "--seed", 2**64], None, "--seed"),
+    ("no speedup in bench", [*EVAL, "nan", "--method", "full"], None, "nan"),
+    ("a report of nothing", ["bench.py", "report", "--results", "TMP"], None, "no results"),
+    ("no file to start from", [*TRAIN, "--objective", "rl", "--start", "TMP/none.safetensors"], None, "none.safetensors"),
+    ("a policy without prices", [*EVAL, 2, "--policy", "BARE"], None, "prices"),
 ]
 
 
@@ -301,16 +307,23 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     (tmp_path / "junk.txt").write_bytes(bytes(range(256)))
     (tmp_path / "cut.safetensors").write_bytes(policy_file.read_bytes()[:-999])
     policy = Policy.load(policy_file)
+    policy.prices = []
+    policy.save(tmp_path / "bare.safetensors")
     policy.scorer.first.bias.data[3] = float("nan")
     policy.save(tmp_path / "nan.safetensors")
     names = {"MODEL": folder, "POLICY": policy_file, "TEXT": some_text, "EMPTY": tmp_path / "empty.txt", "JUNK": tmp_path / "junk.txt",
-             "CUT": tmp_path / "cut.safetensors", "NAN": tmp_path / "nan.safetensors"}
+             "CUT": tmp_path / "cut.safetensors", "NAN": tmp_path / "nan.safetensors", "BARE": tmp_path / "bare.safetensors"}
     before = sorted(tmp_path.rglob("*"))
     done = script(*[names.get(a, str(a).replace("TMP", str(tmp_path)).replace("TEXT/", f"{some_text}/")) for a in args])
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and word in lines[0] and "Traceback" not in done.stderr, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_memory_is_no_crash():
+    done = script("import torch\ntorch.empty(2**50)")
+    assert done.returncode == 2 and "memory is full" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_no_network_and_an_empty_cache(tmp_path):

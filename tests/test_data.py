@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
+import fisher
+import reinforce
 from baselines import compare
-from data import item_examples, kl, load_articles, load_items, load_text, outcomes, question
+from data import item_examples, kl, load_articles, load_examples, load_items, load_text, outcomes, question
 from model import load
 from policy import Fixed
 from test_routing import random_policy
@@ -62,7 +63,7 @@ def test_fisher_label_of_an_item_is_the_kl_of_its_answer(tiny):
     model, tokenizer = load(str(tiny))
     model.quantize()
     [example] = item_examples(tokenizer, ITEMS[1:], 512, "cpu")
-    labels = train.fisher_labels(model, example, [1.0] * 4, 200, torch.Generator().manual_seed(0))
+    labels = fisher.fisher_labels(model, example, [1.0] * 4, 200, torch.Generator().manual_seed(0))
     assert labels.shape == (sum(example.lengths), 3, 3)
     keep, ratios = example.keep(), []
     full = outcomes(model, model.hidden(example.rows), example)[0].detach()
@@ -78,18 +79,19 @@ def test_fisher_label_of_an_item_is_the_kl_of_its_answer(tiny):
 def test_reward_of_an_item_is_plus_or_minus_one(tiny):
     model, tokenizer = load(str(tiny))
     policy = random_policy(model, 0)
-    policy.__class__, policy.seen, policy.tau, policy.generator = train.Rollout, {}, 1.0, torch.Generator().manual_seed(0)
+    policy.__class__, policy.seen, policy.tau, policy.generator = reinforce.Rollout, {}, 1.0, torch.Generator().manual_seed(0)
     for example in item_examples(tokenizer, ITEMS, 512, "cpu"):
-        r_acc, states, of_tokens = train.reward_of(model, example, policy)
+        r_acc, states, of_tokens = reinforce.reward_of(model, example, policy)
         N = sum(example.lengths)
-        assert r_acc.shape == (train.ROLLOUTS, N) and set(r_acc.unique().tolist()) <= {-1.0, 1.0} and (r_acc == r_acc[:, :1]).all()
-        assert states.shape == (4, train.ROLLOUTS, N) and of_tokens(policy.log_pi()).shape == (3, train.ROLLOUTS, N)
+        assert r_acc.shape == (reinforce.ROLLOUTS, N) and set(r_acc.unique().tolist()) <= {-1.0, 1.0} and (r_acc == r_acc[:, :1]).all()
+        assert states.shape == (4, reinforce.ROLLOUTS, N) and of_tokens(policy.log_pi()).shape == (3, reinforce.ROLLOUTS, N)
 
 
 @pytest.mark.parametrize("line, word", [("{", "line 2"), ('{"question": "a", "choices": ["b"], "answer": 0}', "choices"),
                                         ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2"),
                                         ('{"question": "a", "subject": 3, "choices": ["b", "c"], "answer": 1}', "subject"),
-                                        ('{"question": "a", "choices": {"text": "b", "label": "c"}, "answer": 1}', "choices")])
+                                        ('{"question": "a", "choices": {"text": "b", "label": "c"}, "answer": 1}', "choices"),
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": null}, "answerKey": "A"}', "line 2")])
 def test_bad_items_are_named(tmp_path, line, word):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + line)
@@ -110,8 +112,22 @@ def test_a_long_question_loses_its_beginning():
         assert text == f"Question: {item['question']}\nAnswer:{choice}"[-21:-1]
     [whole] = item_examples(by_byte, [item], 100, "cpu")
     assert all(start == context for _, start, _ in whole.choices)
-    with pytest.raises(ValueError, match="context of 10"):
-        item_examples(by_byte, [item], 10, "cpu")
+    with pytest.raises(ValueError, match="item 1 of some.jsonl, .* context of 10"):
+        item_examples(by_byte, [item], 10, "cpu", "some.jsonl")
+
+
+def test_one_item_is_too_few_to_learn_from(tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(ITEMS[0]))
+    assert len(load_items(tmp_path / "one.jsonl", None)) == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        load_items(tmp_path / "one.jsonl", "test")
+
+
+def test_a_jsonl_file_may_be_read_as_text(tmp_path, tiny):
+    (tmp_path / "notes.jsonl").write_text('{"text": "the cat sat on the mat"}\n')
+    _, tokenizer = load(str(tiny))
+    [example] = load_examples(tmp_path / "notes.jsonl", None, tokenizer, 1, 512, choice=False)
+    assert tokenizer.decode(example.rows[0].tolist()) == (tmp_path / "notes.jsonl").read_text()
 
 
 def test_encodings(tmp_path):

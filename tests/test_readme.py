@@ -1,5 +1,7 @@
 """The README and the page of all results say what results/ says, and their commands exist."""
 
+import json
+import math
 import re
 import shlex
 
@@ -13,6 +15,29 @@ def test_tables_are_those_of_results():
     assert render(TEXTS, ROOT / "results") == TEXTS, "run python bench.py report"
     shown = re.findall(r"<!-- ([\w-]+) -->\n(?!<!-- /)", "\n".join(TEXTS.values()))
     assert len(shown) > 20 and all((ROOT / "results" / f"{name}.json").exists() for name in shown), shown
+
+
+def rows_of(name):
+    return {r["name"].split(" at ")[0]: r for r in json.loads((ROOT / f"results/{name}.json").read_text())["rows"]}
+
+
+def kl_share(name):
+    """DASH's KL over the static plan's, as the prose has it."""
+    rows = rows_of(name)
+    return f"{rows['DASH']['kl'] / rows['static, same cost']['kl']:.2f}"
+
+
+def test_numbers_between_the_tables_are_those_of_results():
+    text = " ".join(TEXTS["README.md"].split())
+    whole, horizon1, fisher = (f"train-wikitext2{more}" for more in ("", "-horizon1", "-rl-fisher"))
+    reached = lambda name: f"{rows_of(name)['DASH']['speedup']:.2f}x"
+    frontier = json.loads((ROOT / "results/frontier-wikitext2.json").read_text())["rows"]
+    lost = {r["target"]: math.expm1(r["nats"] - frontier[0]["nats"]) for r in frontier if r["method"].startswith("dash, horizon 30")}
+    for said in (f"three seeds: {', '.join(kl_share(f'{whole}{seed}') for seed in ('', '-seed1', '-seed2'))} of its KL",
+                 f"{kl_share(fisher)} of the static plan's KL at {reached(fisher)}, before it {kl_share(whole)}",
+                 f"{kl_share(horizon1)} of the static plan's KL at {reached(horizon1)}",
+                 f"rises by {100 * lost[2.0]:.1f}% at 2x (the goal was 0.5%), by {100 * lost[2.67]:.1f}% at 2.67x (1%) and by {100 * lost[3.2]:.1f}% at 3.2x"):
+        assert said in text, said
 
 
 def test_a_result_without_a_place_is_named(tmp_path):
