@@ -44,10 +44,10 @@ def read_policy(path, model, needed):
     if not needed and not Path(path).is_file():
         return None
     policy = Policy.load(path).to(model.embed.weight.device)
+    if not policy.prices:
+        raise ValueError(f"{path} has no prices; train it with train.py")
     if needed:
         policy.check(model)
-        if not policy.prices:
-            raise ValueError(f"{path} has no prices; train it with train.py")
     return policy if policy.fingerprint == model.fingerprint() else None
 
 
