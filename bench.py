@@ -23,7 +23,7 @@
     controllers, kv, depth, retain   trained gates and merged blocks; gates by --routers, made by train.py --objective flexidepth and so on
     multitoken  direct multi-token decoding, with its fine-tuning: --steps, --out, --resume
 
-    report    puts the tables of results/ into README.md and results/README.md
+    report    puts the tables of results/ into README.md and results/README.md, and draws the pictures that they show anew
 
 Perplexity and accuracy use fp32 and dequantised weights in parallel passes; decoding uses the real kernels (bf16 on the CPU).
 Both run the same routed forward. The paper's own numbers, shown beside ours, are in paper.json.
@@ -32,6 +32,7 @@ Both run the same routed forward. The paper's own numbers, shown beside ours, ar
 import json
 from pathlib import Path
 
+from charts import draw
 from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, rank
@@ -86,7 +87,8 @@ def report(args):
     pages = render({page: read_text(page) for page in PAGES}, args.results)
     for page, text in pages.items():
         write_whole(page, text.encode())
-    print(f"wrote {' and '.join(PAGES)}")
+    shown = [file for file in sorted(Path(args.results).glob("*.json")) if any(f"{file.stem}.png)" in text for text in pages.values())]
+    print(f"wrote {' and '.join(PAGES)}{', and drew ' if shown else ''}{', '.join(draw(file).name for file in shown)}")
     for file in sorted(Path(args.results).glob("*.json")):
         if not any(f"<!-- {file.stem} -->" in text for text in pages.values()):
             print(f"{file} is shown by neither: it has no part between <!-- {file.stem} --> and <!-- /{file.stem} -->")
@@ -101,7 +103,7 @@ def main():
                    help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
-    p.add_argument("--method", default="dash", choices=METHODS)
+    p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (baselines.py)")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
     p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval: keys and values of skipped tokens; default the method's own")
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")

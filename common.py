@@ -1,14 +1,13 @@
 """What all scripts share: files that are whole or not there, results that say where they come from, errors of one line.
 
     write_whole, lock_folder, Checkpoint    a killed run leaves nothing half written, and goes on with --resume
-    save_result, format_table, save_figure  a result is JSON with device, versions, model, seed and command; tables are Markdown
+    save_result, format_table  a result is JSON with device, versions, model, seed and command; tables are Markdown
     Parser, command_line, pick_device       bad input, raised anywhere as ValueError or OSError, is one line and exit code 2
 """
 
 import argparse
 import contextlib
 import errno
-import io
 import json
 import os
 import sys
@@ -197,20 +196,6 @@ def device_name(device):
     return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def canvas(width, height, panels=1):
-    """An empty figure, so many inches wide and high, and its panels from left to right: (Figure, array of Axes)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def save_figure(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -228,8 +213,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--model", default="smollm2", help="smollm2, a folder in Hugging Face layout, or a hub id")
-        self.add_argument("--seed", type=seed, default=0)
-        self.add_argument("--device", default="auto")
+        self.add_argument("--seed", type=seed, default=0, help="of all that is drawn at random")
+        self.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")

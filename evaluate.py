@@ -4,7 +4,7 @@
     make_policy  a method's name and a speedup -> what `LLM.forward` takes
     rank         methods on a task: value, 95% interval, speedup in bits, measured speedup
     variant      a policy with something changed, priced anew
-    publish      results/NAME.json and its picture
+    publish      results/NAME.json and its picture (charts.py)
 """
 
 import copy
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare, public, sensitivities
-from common import pick_device, save_figure, save_result
+from charts import draw
+from common import pick_device, save_result
 from data import load_articles, load_examples, load_text, text_examples, windows
 from infer import generate, has_graphs
 from model import load
@@ -259,13 +260,12 @@ def rank(args, task, asked, default, timed=True):
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
 
 
-def publish(args, name, model, figure, **content):
-    """Write results/NAME.json and, if there is a figure, NAME.png; print the table."""
+def publish(args, name, model, **content):
+    """Write results/NAME.json and, where charts.py has one, its picture; print the table."""
     path = Path(args.results) / f"{name}.json"
     save_result(path, model.embed.weight.device, model, args.seed, **content)
-    if figure:
-        save_figure(figure, path.with_suffix(".png"))
-    print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {path.stem}.png' if figure else ''}\n", flush=True)
+    picture = draw(path)
+    print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {picture.name}' if picture else ''}\n", flush=True)
 
 
 def name_of(policy):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import baselines
 import routers
 from baselines import bootstrap, compare, public, spread
-from common import canvas, format_table
+from common import format_table
 from data import load_text, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
                       summaries, variant, with_kv)
@@ -87,15 +87,9 @@ def controllers(args):
                             [[m, *(cell(of.get((m, n))) for n in budgets)] for m in dict.fromkeys(m for m, *_ in ways)])
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
-    figure, [axes] = canvas(7, 4)
-    for method in dict.fromkeys(m for m, *_ in ways):
-        points = [(r["skipped"], r["nats"] - full["nats"]) for r in rows if r["method"] == method]
-        axes.plot(*zip(*points), marker="o", label=method)
-    axes.set(xlabel="blocks skipped a token", ylabel="nats lost", title=f"Skip controllers, {task}")
-    axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
                f"prices are set on this text. {'; '.join(said)}.")
-    publish(args, "controllers", model, figure, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
+    publish(args, "controllers", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 
 @torch.no_grad()
@@ -112,16 +106,9 @@ def kv(args):
     rows = [r | {"method": name, "kv": mode} for (name, mode, _), r in zip(ways, rows)]
     markdown = format_table(["nats lost, KL [95% intervals] (speedup in bits)", "filled, in INT4", "none"], [
         [name, *(f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)] for name in contenders])
-    figure, [axes] = canvas(7, 3.5)
-    for n, mode in enumerate(("fill", "none")):
-        height = [r["nats"] - full["nats"] for r in rows if r["kv"] == mode]
-        axes.bar([i + 0.4 * n for i in range(len(height))], height, 0.4, label=mode)
-    axes.set_xticks([i + 0.2 for i in range(len(contenders))], [name.replace(", ", "\n", 1) for name in contenders])
-    axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task}")
-    axes.legend()
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
                f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
-    publish(args, "kv", model, figure, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
+    publish(args, "kv", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -167,18 +154,9 @@ def depth(args):
     cell = lambda r: "{:.2f}, {:.2f}; {:.2f}, {:.3f}".format(*r["blocks"], *r["cost"])
     of = {(r["kind"], r["method"]): r for r in rows}
     cells = [[kind, *(cell(of[kind, name]) if (kind, name) in of else "no answer" for name in contenders)] for kind in asked]
-    figure, panels = canvas(11, 4, 2)
-    for axes, key, what in zip(panels, ("blocks", "cost"), (f"blocks run, of {known.L}", "cost a block, bits / 4")):
-        for n, name in enumerate(contenders):
-            points = [(i + 0.15 * n, *of[kind, name][key]) for i, kind in enumerate(asked) if (kind, name) in of]
-            places, means, variances = zip(*points) if points else ([], [], [])
-            axes.errorbar(places, means, [v**0.5 for v in variances], fmt="o", capsize=3, label=name)
-        axes.set_xticks(range(len(asked)), asked)
-        axes.set(ylabel=f"{what}: mean, deviation of tokens")
-    axes.legend(fontsize="small")
     caption = (f"{len(asked['copy'])} requests a kind, up to 32 new tokens each, greedy, passages of 96 tokens of {task}. Each cell: "
                f"blocks run a new token, their variance; cost a block in units of 4 bits a weight, its variance. {made(there, policy)}")
-    publish(args, "depth", model, figure, caption=caption, markdown=format_table(["", *contenders], cells), n=len(passages), rows=rows)
+    publish(args, "depth", model, caption=caption, markdown=format_table(["", *contenders], cells), n=len(passages), rows=rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,27 +238,16 @@ def retain(args):
             if whole > 0:  # of nothing, nothing can be retained
                 paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else (1 + (a - b).mean(1) / whole).clamp(min=0)
                 rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], full)}
-    figure, panels = canvas(4 * len(tasks), 3.8, len(tasks))
-    methods = dict.fromkeys(r["method"] for r in rows if r["skipped"])
-    for task, axes in zip(tasks, panels):
-        for method in methods:
-            points = [(r["speedup"], 100 * r["retained"]) for r in rows if (r["task"], r["method"]) == (task, method) and "retained" in r]
-            axes.plot(*zip(*sorted(points)) if points else ([], []), marker="o", markersize=4, label=method)
-        axes.axhline(100, color="black", linestyle=":", linewidth=1)
-        axes.set(title=f"{task}, n = {n_of[task]}", xlabel="speedup in bits", ylabel="% of the full model")
-    axes.legend(fontsize="x-small")
     of, cells = {(r["method"], r["skipped"], r["task"]): r for r in rows}, []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
         line, cell = [of.get((method, n, t)) for t in tasks], lambda r: f"{r['value']:.4g}"
         if n:
             percent = lambda r: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (r["retained"], *r["interval"])))
             cell = lambda r: f"{percent(r) if 'retained' in r else '-'} ({r['speedup']:.2f}x)"
-        kept = [r["retained"] for r in line if n and r and "retained" in r]
-        cells.append([f"{method}, {n}" if n else "full model, value", *(cell(r) if r else "" for r in line),
-                      f"{100 * sum(kept) / len(kept):.0f}" if kept else ""])
+        cells.append([f"{method}, {n}" if n else "full model, value", *(cell(r) if r else "" for r in line)])
     counts, numbers = ", ".join(f"{t} {n_of[t]}" for t in tasks), " and ".join(map(str, asked))
     caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {numbers} of {L} blocks skipped [95% "
                f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
                f"ShortGPT's cost on this text. {made(there, policy)}")
-    markdown = format_table(["method, blocks skipped", *tasks, "mean"], cells)
-    publish(args, "retain", model, figure, caption=caption, markdown=markdown, n=n_of, rows=rows)
+    markdown = format_table(["method, blocks skipped", *tasks], cells)
+    publish(args, "retain", model, caption=caption, markdown=markdown, n=n_of, rows=rows)

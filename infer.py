@@ -11,6 +11,7 @@ become known, while the scorer runs on a second stream. Prompts, batches and the
 
 import codecs
 import copy
+import gc
 import json
 import shutil
 import statistics
@@ -142,10 +143,13 @@ class Engine:
             return f
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            f()  # what a first call does (compile, tune, allocate workspaces) is not allowed in a capture
+            f()  # what a first call does (compile, tune) is not allowed in a capture
+        # Kernels keep the address of cuBLAS's workspace: let it lie in the graphs' pool, where nobody who clears the others can free it
+        torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pools[stream is self.side], stream, capture_error_mode="thread_local"):
             f()
+        torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
 
     def graph(self, key, stream, f, *args):
@@ -277,6 +281,8 @@ def engine_for(model, policy, size):
     if not has_graphs(model, policy):
         return None
     if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
+        model.engine = None
+        gc.collect()  # an engine and its graphs hold each other: free them before there is another
         model.engine = Engine(model, size)
     return model.engine
 
@@ -375,7 +381,7 @@ def arguments():
     p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup in bits; any for which the policy has a price")
     p.add_argument("--full", action="store_true", help="no policy: every block as loaded")
-    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add to the prompt")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--sync", action="store_true", help="on a GPU: decide on the stream that runs the blocks, not beside it")
     p.add_argument("--show-states", action="store_true", help="colour tokens by cost and draw the path of each")
@@ -400,20 +406,22 @@ def main():
         model.quantize(real=True, int4=policy.int4)
     else:
         model.round_head()
-    costs, color = bit_costs(model.config), sys.stdout.isatty()
+    costs, color, endless = bit_costs(model.config), sys.stdout.isatty(), copy.copy(tokenizer)
+    endless.eos = ()  # a reference that ended at once would time the prompt
+    options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
+    if device.type == "cuda":
+        for p in dict.fromkeys((policy, None)):  # graphs are captured at their first use, which is not to be timed
+            generate(model, endless, args.prompt, p, args.max_new_tokens, **options)
 
     def stream(token, text, states):
         cost = mean_cost(states, costs)
         print(paint(text, min(COLORS, key=lambda s: abs(s - cost)), color and args.show_states), end="", flush=True)
 
     print(paint(args.prompt, 0, color), end="\n" if args.chat else "", flush=True)
-    options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
     out = generate(model, tokenizer, args.prompt, policy, args.max_new_tokens, on_token=stream, **options)
     print()
     if args.show_states:
         show_states(tokenizer, out, costs, color)
-    endless = copy.copy(tokenizer)
-    endless.eos = ()  # a reference that ended at once would time the prompt
     full = out if args.full else generate(model, endless, args.prompt, None, min(32, args.max_new_tokens), **options)
     speed, speed_full, bits = out["tokens_per_second"], full["tokens_per_second"], speedup_bits(out["states"], costs)
     times = speed / speed_full if out["states"].shape[1] > out["prompt_tokens"] else None  # of steps after the prompt

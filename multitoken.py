@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import spread
-from common import Checkpoint, canvas, descend, format_table, lock_folder, pick_device
+from common import Checkpoint, descend, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import in_rounds, publish, ratio
 from model import KVCache, load
@@ -146,21 +146,6 @@ def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
         p.requires_grad_(False)
 
 
-def chart(rows):
-    """Nats by place in the cycle, and what the cycles save."""
-    figure, (left, right) = canvas(11, 4, 2)
-    for n, r in enumerate(rows):
-        for key, style in (("before", ":"), ("after", "-")):
-            left.plot(range(1, r["tau"] + 1), r[key], style, marker="o", color=f"C{n}", label=f"tau = {r['tau']}, {key}")
-        right.bar(n - 0.2, r["faster"], 0.4, color="C0", label="" if n else "tokens/s, measured")
-        right.bar(n + 0.2, 1 / r["passes"], 0.4, color="C1", label="" if n else "1 / passes of blocks")
-    left.set(xlabel="place in the cycle", ylabel="nats a token, held-out", xticks=range(1, max(r["tau"] for r in rows) + 1))
-    right.set_xticks(range(len(rows)), [f"tau = {r['tau']}" for r in rows])
-    right.set(ylabel="times the full model")
-    left.legend(fontsize="small"), right.legend()
-    return figure
-
-
 def multitoken(args):
     """Measure, train, measure again for each tau, from the same weights.
 
@@ -200,4 +185,4 @@ def multitoken(args):
     header = ["tau", "nats by place in the cycle, before", "after", "mean, against tau = 1", "tokens/s [of rounds]", "passes", "blocks run a token"]
     caption = (f"Direct multi-token decoding: {late} late blocks of {L}, {args.steps} steps of {BATCH} x {size} tokens, {task}; "
                f"{test.numel()} held-out tokens; 95% intervals over windows. Greedy decoding, fp32, {args.rounds} alternating rounds.")
-    publish(args, "multitoken", model, chart(rows), caption=caption, markdown=format_table(header, cells), steps=args.steps, tokens=test.numel(), rows=rows)
+    publish(args, "multitoken", model, caption=caption, markdown=format_table(header, cells), steps=args.steps, tokens=test.numel(), rows=rows)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import baselines
 from baselines import interval, spread
-from common import canvas, format_table
+from common import format_table
 from data import outcomes, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
                       summary_prompt, variant)
@@ -88,19 +88,11 @@ def hidden(args):
     tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *map(spread, three)] for k, three in zip(kept, found)])]
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
                "state to the full model's [95% interval over sequences]. ")
-    (figure, (left, right)), rows = canvas(11, 4.2, 2), []
-    for way, those in zip(WAYS, found.transpose(0, 1)):
-        left.plot(kept, those.mean(1), marker="o", markersize=4, label=way)
-        left.fill_between(kept, *zip(*map(interval, those)), alpha=0.2)
-    left.set(xlabel="blocks kept, %", ylabel="cosine distance", title=f"Last hidden state, to the full model's; {task}, test")
-    left.legend()
+    rows = []
     if articles:
         few = sorted({max(1, L * k // 30) for k in (1, 2, 4)})
         rows = summaries(model, tokenizer, articles, [None, *(p for n in few for p in skipping(known, n))])
         lines = {"full model": rows[:1]} | {way: rows[1 + k :: len(WAYS)] for k, way in enumerate(WAYS)}
-        for way in WAYS:
-            right.plot(*zip(*[(100 / r["speedup"], 100 * r["rougeL"]) for r in rows[:1] + lines[way]]), marker="o", label=way)
-        right.legend()
         uniform, exit = (torch.tensor([r["each"]["rougeL"] for r in lines[way]]).mean(0) for way in WAYS[:2])
         said += f" Rouge-L of its summaries less that of exiting, mean of the columns below: {spread(uniform, exit, 100, '+.1f')} points."
         cell = lambda r: f"{spread(r['each']['rougeL'], None, 100, '.1f')} ({100 / r['speedup']:.0f}%)"
@@ -108,8 +100,7 @@ def hidden(args):
         tables.append(format_table(["blocks skipped", *few], cells))
     caption += (f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)." if articles
                 else "No summaries: they need cnn_dm in --data-dir and no other --task.")
-    right.set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="cnn_dm, test" if articles else "No summaries")
-    publish(args, "hidden", model, figure, caption=caption, markdown="\n\n".join([said, *tables]), n=len(examples), kept=kept, closer=closer, surely=surely,
+    publish(args, "hidden", model, caption=caption, markdown="\n\n".join([said, *tables]), n=len(examples), kept=kept, closer=closer, surely=surely,
             distance=dict(zip(WAYS, found.transpose(0, 1).tolist())), summaries=rows)
 
 
@@ -223,23 +214,6 @@ def allocate(args, task):
     caption = (f"Oracle over {P} nested paths, {task}, test, n = {len(sequences)}: {what} (full model {score[0].mean():.4g}). Cost in "
                "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals "
                "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
-    figure = oracle_chart(f"{task}, test: {what}", rows, shares, cost, change, pick, by_luck)
-    publish(args, f"oracle-{task}", model, figure, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
-            n=len(sequences), blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
+    publish(args, f"oracle-{task}", model, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
+            n=len(sequences), skipping=len(cost[split:]), blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
             picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())
-
-
-def oracle_chart(title, rows, shares, cost, change, pick, by_luck):
-    """Score against cost of one path for all and of the table's rows; and which paths the oracle takes, beside luck."""
-    (figure, (left, right)), P = canvas(12, 4.5, 2), len(shares)
-    left.plot(100 * cost[:P].mean(1), change[:P].mean(1), ".-", color="tab:gray", label="one path for all")
-    for name, c, d in rows:
-        left.plot(100 * c.mean(), d.mean(), "*" if name == "oracle" else "o", label=name)
-    left.set_yscale("symlog", linthresh=0.1)  # the last paths lose a hundred times what the others do
-    left.set(xlabel="cost in bits, % of the full model's", ylabel="change of score", title=title)
-    for n, (name, index) in enumerate((("oracle", pick), ("luck alone", by_luck.flatten()))):
-        right.bar(torch.arange(P) + 0.4 * n - 0.2, 100 * torch.bincount(index, minlength=P) / len(index), 0.4, label=name)
-    right.set_xticks(range(P), [f"{100 * s:.0f}" for s in shares.tolist()])
-    right.set(xlabel="path taken, % of the blocks", ylabel="% of sequences", title="The cheapest that scores as well as the full model")
-    left.legend(fontsize="small", framealpha=0.4), right.legend()
-    return figure

@@ -14,7 +14,8 @@ Equation numbers are those of DASH (arXiv 2505.17420):
     (16)    PG = -mean[(G_i - b) log pi(s_i)],  G_i = sum_{j>=i} R_j                        `returns`, `policy_gradient`
     (17)    loss = CE + alpha PG                                                            `total_loss`
     (18)    at inference  s' = argmax q - mu cost                                           `Policy.decide`
-    (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs             `plan`
+    (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs;            `plan`
+            by default the whole path from h_1
 
 Eq 11-17 are put to use in reinforce.py; by default the labels of fisher.py take their place.
 

@@ -366,7 +366,8 @@ def row_kernel(name):
 def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
     """x (n, K) -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it
     alone: inlined, what comes before it would be computed again for every row of the weight."""
-    return row_kernel(name)(x, *tensors)
+    # torch.compile guards on every stride, that of a dimension of 1 too, and tells a Parameter from a Tensor: one compilation for all
+    return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
 
 
 @row_product.register_fake
@@ -375,8 +376,9 @@ def _(name, x, tensors, N):
 
 
 def gpu_microseconds(name, x, tensors, N):
-    """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or more."""
-    copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(63, 2**28 // sum(t.nbytes for t in tensors) + 1))]
+    """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or 512 copies."""
+    copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(511, 2**28 // sum(t.nbytes for t in tensors) + 1))]
+    row_product(name, x, copies[-1], N)  # should a copy compile anew: that is not allowed in a capture
     graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for copy in copies:

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common import canvas, device_name, format_table, pick_device, read_json, refusing, save_figure, save_result
+from charts import draw
+from common import format_table, pick_device, read_json, refusing, save_result
 from data import load_text, text_examples
 from evaluate import in_rounds, policy_path, publish, ratio
 from infer import Engine, generate
@@ -234,8 +235,7 @@ def speed(args):
         "share_of_bandwidth": {name: weights[name] / 1e9 / bandwidth * per_second[name] for name in weights}}
     caption = (f"Batch 1, prompt of 64 tokens, {tokens} new ones, median step, {args.rounds} alternating rounds, {threads} threads; the policy "
                f"was trained for --cost {policy.settings.get('cost', 'bits')}.")
-    publish(args, f"speed-{device.type}", model, speed_chart(result, model.name, device_name(device)), caption=caption, markdown=speed_tables(result),
-            **result)
+    publish(args, f"speed-{device.type}", model, caption=caption, markdown=speed_tables(result), **result)
 
 
 def speed_tables(r):
@@ -258,17 +258,6 @@ def speed_tables(r):
         format_table(["figure", "goal", "measured"], rows),
         f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
         f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
-
-
-def speed_chart(result, model, device):
-    rows = sorted(result["tokens_per_second"].items(), key=lambda row: row[1])
-    figure, [axes] = canvas(8, 0.5 * len(rows) + 1.2)
-    ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
-    bars = axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours)
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {model} on {device}")
-    axes.margins(x=0.1)
-    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -399,21 +388,6 @@ def one_token(run):
             if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime") and begin <= e["ts"] < end]
 
 
-def timeline(path, events, title):
-    """Streams and host as rows, one token from left to right; the busiest stream is the main one."""
-    busy = lambda row: sum(e[3] for e in events if e[0] == row)
-    streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
-    rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
-    figure, [axes] = canvas(12, 3)
-    for y, row in enumerate(rows):
-        for wait, color in ((False, "tab:blue"), (True, "lightgray")):
-            bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
-            axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
-    axes.set(xlabel="milliseconds", title=title, yticks=range(len(rows)), yticklabels=rows.values())
-    axes.invert_yaxis()
-    save_figure(figure, path)
-
-
 def speed_gpu(args):
     if not torch.cuda.is_available():
         raise ValueError("--suite gpu: PyTorch finds no CUDA device here; run it where there is one")
@@ -430,10 +404,8 @@ def speed_gpu(args):
     about = SimpleNamespace(name=" and ".join(SHAPES), weights="shapes with random weights", fingerprint=lambda: None)
     markdown = gpu_table(shapes)
     save_result(path, device, about, args.seed, caption=caption, markdown=markdown, bandwidth_gb_s=bandwidth, shapes=shapes,
-                kernels={k if k == "block" else " x ".join(map(str, k)): v for k, v in CHOSEN.items()})
-    picture = path.with_name("timeline-gpu.png")
-    timeline(picture, events, f"One token, {shapes[0]['name']}, decided one block ahead, {device_name(device)}")
-    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {picture}")
+                kernels={k if k == "block" else " x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
+    print(f"{caption}\n\n{markdown}\n\nwrote {path} and {draw(path)}")
 
 
 def gpu_table(shapes):

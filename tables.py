@@ -1,6 +1,6 @@
 """The paper's Tables 1-3 and Figures 1, 2, 4 and 5, and ours: python bench.py table | frontier | ablation | figures | transfer
 
-What each command shows is said in bench.py. Each measures, then publishes a JSON with its Markdown table, and a picture.
+What each command shows is said in bench.py. Each measures, then publishes a JSON with its Markdown table; charts.py draws it.
 """
 
 from pathlib import Path
@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare, interval, public, sensitivities, spread
-from common import canvas, format_table, read_json
+from common import format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, one_text, policy_path, publish, rank, rouge,
                       source, variant)
 from model import KVCache, load
-from policy import mean_cost, most_speedup, speedup_bits
+from policy import mean_cost, most_speedup, speedup_bits, state_shares
 from quant import fake_quantize
-from train import SHADES, profile
+from train import profile
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def table(args):
         how = "in bits and measured in batch-1 decoding" if "measured" in rows[0] else "in bits"
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
                    f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
-        publish(args, f"table-{task}", model, table_chart(rows, task, metric), caption=caption, markdown=markdown, metric=metric, rows=rows,
+        publish(args, f"table-{task}", model, caption=caption, markdown=markdown, metric=metric, rows=rows,
                 **facts)
 
 
@@ -73,26 +73,6 @@ def paper_tables(key):
             header, first = [f"the paper's numbers, {model}", *paper["speedups"]], ["full model", full[1], "", ""]
             out.append(format_table(header, [first, *([method, *values] for method, values in rest)]))
     return out
-
-
-def table_chart(rows, task, metric):
-    """The frontier: quality against measured time (against bits where nothing is decoded), a line a method."""
-    x = "measured" if "measured" in rows[0] else "speedup"
-    (figure, [axes]), colors = canvas(9, 5), iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
-    axes.axhline(rows[0]["value"], color="black", linestyle=":", linewidth=1)
-    axes.annotate("full model", (1, rows[0]["value"]), xytext=(4, 4), textcoords="offset points")
-    there = [r for r in rows[1:] if "missing" not in r]
-    for method in dict.fromkeys(r["method"] for r in there):
-        points = sorted((r[x], r["value"]) for r in there if r["method"] == method)
-        if method in ("int8", "int4"):
-            axes.plot(*points[0], marker="s", color="black")
-            axes.annotate(method.upper(), points[0], xytext=(6, -12), textcoords="offset points")
-        else:
-            axes.plot(*zip(*points), marker="o", markersize=5, color=next(colors), linewidth=2.5 if method == "dash" else 1.2, label=method)
-    axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=metric,
-             title=f"{task}, test", yscale="log" if metric == "perplexity" else "linear")
-    axes.legend()
-    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +129,7 @@ def frontier(args):
                f"{' (labels of up to %d x 1,024 tokens)' % policy.settings['samples'] if 'samples' in policy.settings else ''}. Full model {rows[0]['nats']:.4f} nats. "
                "Each cell: nats lost, KL to the full model (speedup realised); policies are priced to cost on this text what the static "
                "plan of the column costs. 95% intervals over windows.")
-    publish(args, f"frontier-{task}", model, frontier_chart(rows, task), caption=caption, markdown=markdown, tokens=tokens, budget=kept,
+    publish(args, f"frontier-{task}", model, caption=caption, markdown=markdown, tokens=tokens, budget=kept,
             rows=rows, policy={k: v for k, v in policy.settings.items() if "damage" not in k})
 
 
@@ -171,22 +151,6 @@ def frontier_cells(rows, speedups):
     for r in rows[1:3]:
         cells.append([r["method"], cell(r), *[""] * (len(speedups) - 1)])
     return ["", *(f"{s:g}x" for s in speedups)], cells
-
-
-def frontier_chart(rows, task):
-    figure, [axes] = canvas(8, 4.5)
-    colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
-    others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
-    for method in dict.fromkeys(r["method"] for r in rows[3:]):
-        those = [r for r in rows if r["method"] == method]
-        color = colors.get(method) or next(others, None)
-        axes.plot([r["speedup"] for r in those], [r["kl"] for r in those], marker="o", markersize=4, color=color, label=method)
-    for r in rows[1:3]:
-        axes.plot(r["speedup"], r["kl"], marker="s", color="black", linestyle="none")
-        axes.annotate(r["method"], (r["speedup"], r["kl"]), xytext=(6, -12), textcoords="offset points")
-    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task} test text", yscale="log")
-    axes.legend()
-    return figure
 
 
 @torch.inference_mode()
@@ -255,7 +219,7 @@ def ablation(args):
     caption = (f"{task}, test, n = {len(examples)}: change of {'accuracy, points' if choice else 'nats'} against the full model "
                f"({unit * full[key]:.4g}) [95% interval] (speedup in bits). One scorer, restricted to the states named and priced to cost on "
                "this text what the column asks.")
-    publish(args, "ablation", model, None, caption=caption, markdown=markdown, rows=rows, n=len(examples), skip_tokens=few.numel(),
+    publish(args, "ablation", model, caption=caption, markdown=markdown, rows=rows, n=len(examples), skip_tokens=few.numel(),
             skip_kl=skip, head_nats={"16 bits": full["nats"], "INT8": int8["nats"]})
 
 
@@ -287,21 +251,14 @@ def figure1(args, model, known, h, similarity, items, what):
     counts = range(min(9, L - 1))
     each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
     right, spans = [sum(e) / len(e) for e in each], [interval(e) for e in each]
-    (figure, (a, b, c)), blocks = canvas(15, 4, 3), range(1, L + 1)
-    a.plot(blocks, similarity.mean(1), marker="o", markersize=3)
-    a.fill_between(blocks, *(torch.stack([one.quantile(q) for one in similarity]) for q in (0.1, 0.9)), alpha=0.2)
-    a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
-    figure.colorbar(b.imshow(pairs, origin="lower", vmin=0), ax=b)
-    b.set(xlabel="j", ylabel="i", title="Cosine of $h_i$ and $h_j$; adjacent blocks beside the diagonal")
-    c.errorbar(counts, right, [[v - s[0] for v, s in zip(right, spans)], [s[1] - v for v, s in zip(right, spans)]], marker="o", capsize=3)
-    c.set(xlabel="most similar blocks skipped", ylabel="accuracy", title=f"{len(items)} items")
-    beyond = next((i for i in blocks if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
+    beyond = next((i for i in range(1, L + 1) if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
     cells = [[n, order[n - 1] + 1 if n else "", f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
              for n, v, (low, high) in zip(counts, right, spans)]
     markdown = format_table(["blocks skipped", "the last of them", "accuracy, %"], cells) + (
-        f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'not even in the last block'}.")
-    publish(args, "figure1", model, figure, caption=f"The paper's Figure 1. {what}.", markdown=markdown,
-            similarity=similarity.mean(1).tolist(), pairs=pairs.tolist(), accuracy=right, n=len(items), tokens=similarity.shape[1])
+        f"\n\nInput and output are more similar than 0.9 {f'from block {beyond} on' if beyond else 'in no stretch of blocks that reaches the last'}.")
+    publish(args, "figure1", model, caption=f"The paper's Figure 1. {what}.", markdown=markdown, n=len(items), tokens=similarity.shape[1],
+            similarity=similarity.mean(1).tolist(), deciles=[[one.quantile(q).item() for one in similarity] for q in (0.1, 0.9)],
+            pairs=pairs.tolist(), accuracy=right, intervals=spans)
 
 
 def figure2(args, model, known, rows, similarity, what):
@@ -311,52 +268,41 @@ def figure2(args, model, known, rows, similarity, what):
         ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
         kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
     kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
-    (figure, [axes]), cells = canvas(8, 4), []
+    cells, means = [], {}
     for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
         here = of_tokens[:, kind == k]
         if here.shape[1]:
-            axes.plot(range(1, known.L + 1), here.mean(1), marker="o", markersize=3, label=name)
+            means[name] = here.mean(1).tolist()
             cells.append([name, here.shape[1], f"{here.mean():.4f}", spread(here[skipped].mean(0))])
-    axes.set(xlabel="block", ylabel="cosine of input and output", title=f"Tokens by what is predicted without {len(skipped)} blocks")
-    axes.legend()
     header = ["next token, against the full model's", "tokens", "similarity, all blocks", "of the skipped blocks [95% interval]"]
     caption = f"The paper's Figure 2. {what}; without blocks {', '.join(str(i + 1) for i in sorted(skipped))}."
-    publish(args, "figure2", model, figure, caption=caption, markdown=format_table(header, cells), tokens=len(kind), rows=cells)
+    publish(args, "figure2", model, caption=caption, markdown=format_table(header, cells), tokens=len(kind), similarity=means)
 
 
 def figure4(args, model, policies, rows, similarity, what):
     """States against similarity at three speeds, and how early in the model a policy dares to skip."""
     policy, decided = policies[0], similarity[1:].flatten()
     speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
-    (figure, [*panels, last]), cells, early = canvas(5 * len(speedups) + 5, 4, len(speedups) + 1), [], []
+    cells, shares, skip_rate = [], {}, {}
     tenth = torch.empty(len(decided), dtype=torch.int64)
     tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
-    for speedup, axes in zip(speedups, panels):
+    for speedup in speedups:
         model.hidden(rows, policy.at(speedup))
-        states, bottom, cell = policy.states[1:, :, 1:].flatten().cpu(), torch.zeros(10), {}
-        for s, label, color in SHADES:
-            share = torch.stack([(states[tenth == k] == s).float().mean() for k in range(10)])
-            axes.bar(range(1, 11), share, bottom=bottom, width=1.0, label=label, color=color, edgecolor="white")
-            bottom += share
-            here = states == s
-            cell[label] = f"{decided[here].mean():.3f} ({100 * here.float().mean():.0f}%)" if here.any() else ""
-        axes.set(xlabel="tenth of (block, token) by similarity", ylabel="share of states", title=f"{speedup:g}x")
-        axes.legend(loc="lower left")
-        cells.append([f"{speedup:g}x", *cell.values()])
+        states = policy.states[1:, :, 1:].flatten().cpu()
+        shares[f"{speedup:g}x"] = [state_shares(states[tenth == k]) for k in range(10)]
+        mean_of = lambda here: f"{decided[here].mean():.3f} ({100 * here.float().mean():.0f}%)" if here.any() else ""
+        cells.append([f"{speedup:g}x", *(mean_of(states == s) for s in (4, 2, 1, 0))])
     for p in policies:
         [p] = variant(p, model, text_examples(rows), [1.33], allowed=(0, 4))
         model.hidden(rows, p)
-        rate = (p.states == 0).float().mean((1, 2)).tolist()
-        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=p.name)
-        early.append([p.name, *(f"{100 * v:.0f}%" for v in rate[1:9])])
-    last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x")
-    last.legend()
+        skip_rate[p.name] = (p.states == 0).float().mean((1, 2)).tolist()
+    early = [[name, *(f"{100 * v:.0f}%" for v in rate[1:9])] for name, rate in skip_rate.items()]
     markdown = "\n\n".join([
-        format_table(["mean similarity of what runs in (share)", *(label for _, label, _ in SHADES)], cells),
+        format_table(["mean similarity of what runs in (share)", "full", "INT8", "INT4", "skip"], cells),
         format_table(["skip rate, states 0 and 4 only, 1.33x; block", *range(2, len(early[0]) + 1)], early)])
     caption = (f"The paper's Figure 4. {what}; similarities are the full model's. Horizon 0 decides a block from its own input, 1 from the "
                "input of the block before (the paper).")
-    publish(args, "figure4", model, figure, caption=caption, markdown=markdown, tokens=similarity.shape[1], states=cells, skip_rate=early)
+    publish(args, "figure4", model, caption=caption, markdown=markdown, tokens=similarity.shape[1], shares=shares, skip_rate=skip_rate)
 
 
 @torch.no_grad()
@@ -381,15 +327,9 @@ def transfer(args):
                 row["each"][key], full["each"][key], unit, "+.3g")}
             sizes[tested] = len(examples)
         cells.append([trained, *(f"{spread(r['each']['kl'])}, {r['change']} ({r['speedup']:.2f}x)" for r in found[trained].values())])
-    figure, [axes] = canvas(7, 5)
-    best = {b: max(1e-9, min(found[a][b]["kl"] for a in there)) for b in tasks}
-    figure.colorbar(axes.imshow([[found[a][b]["kl"] / best[b] for b in tasks] for a in there], cmap="viridis_r", norm="log"), ax=axes)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30)
-    axes.set_yticks(range(len(there)), there)
-    axes.set(xlabel="tested on", ylabel="trained on", title=f"KL to the full model over the column's least, {args.speedup:g}x")
     missing = [t for t in tasks if t not in there]
     n = ", ".join(map(str, sizes.values()))
     caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
                "change of accuracy in points or of nats (speedup in bits); priced on the test text."
                + (f" No policy yet for {', '.join(missing)}." if missing else ""))
-    publish(args, "transfer", model, figure, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found, n=sizes)
+    publish(args, "transfer", model, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found, n=sizes)

@@ -32,11 +32,12 @@ import fisher
 import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
-from common import BEGAN, Checkpoint, Parser, canvas, command_line, lock_folder, pick_device, save_figure, save_result
+from charts import draw
+from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result
 from data import Example, is_choice, load_examples, load_text, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
-                    static_plan)
+                    state_shares, static_plan)
 from quant import cache_codes, codes_name
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
@@ -131,31 +132,6 @@ def calibrate_prices(policy, model, examples, targets, goals):
 # 5 Compare
 
 
-SHADES = ((4, "full", "#1b4965"), (2, "INT8", "#5fa8d3"), (1, "INT4", "#bee9e8"), (0, "skip", "#e8e8e8"))  # of the states
-
-
-def plot(path, log, states, names, rows):
-    """Three panels: training, KL by method, states by block."""
-    figure, (a, b, c) = canvas(15, 4, 3)
-    x, y, label, title = (("epoch", "loss", "loss", "fit to Fisher labels") if "epoch" in log[0] else
-                          ("step", "ce", "CE, nats a token", "cross-entropy of the gated model") if "ce" in log[0] else
-                          ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
-    a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
-    a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
-    b.barh(names[1:], [r["kl"] for r in rows[1:]], color="tab:blue")
-    b.invert_yaxis()
-    b.set(xlabel="KL to the full model, nats", title="Held-out")
-    b.locator_params(axis="x", nbins=5)
-    bottom = torch.zeros(len(states))
-    for s, label, color in SHADES:
-        share = (states == s).float().mean(1)
-        c.bar(range(1, len(states) + 1), share, bottom=bottom, label=label, color=color, width=1.0, edgecolor="white")
-        bottom += share
-    c.set(xlabel="block", ylabel="share of tokens", title=f"{names[1].split(' at ')[0]}, {rows[1]['speedup']:.2f}x", xlim=(0.5, len(states) + 0.5))
-    c.legend(loc="lower right")
-    save_figure(figure, path)
-
-
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -163,13 +139,13 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
     p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup to train for and show (any is served later)")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup to show, and to train for with rl or --train-model; any is served later")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
                    help="fisher labels, the paper's policy gradient, or the gates of routers.py")
     p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
-    p.add_argument("--samples", type=int, default=12, help="fisher: label this many times 1,024 tokens")
+    p.add_argument("--samples", type=int, default=12, help="fisher: windows of 1,024 tokens to label")
     p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (150)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
@@ -206,12 +182,12 @@ def report(out, names, rows, states, test, args, device, model, settings, how, w
     markdown = comparison_table(names, rows, choice)
     print("\n" + markdown)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    plot(out / "train.png", log, states, names, rows)
     tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
     save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
-                settings=settings,
-                rows=[{"name": name} | public(row) for name, row in zip(names, rows)])
+                settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
+                shares=[state_shares(block) for block in states])
+    draw(out / "train.json")
     print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 

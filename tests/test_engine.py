@@ -11,6 +11,7 @@ import torch
 
 import quant
 import speed
+from charts import draw
 from conftest import script, tiny_folder
 from infer import Engine, bucket_of, engine_for, generate
 from model import check_gpu, load
@@ -231,6 +232,18 @@ def test_row_kernels_against_the_reference(N, K, compiled):
         assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_one_compilation_serves_parameters_copies_and_the_last_row_of_any_prompt(monkeypatch):
+    """torch.compile guards on types and on every stride: what `row_product` passes on must not differ in them."""
+    torch._dynamo.reset()
+    compiled = torch.compile(quant.bf16_row, backend="eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(quant, "row_kernel", lambda name: compiled)
+    weight = torch.nn.Parameter(torch.randn(8, 64).bfloat16())
+    for x in (torch.randn(1, 64).bfloat16(), *(torch.randn(1, T, 64).bfloat16()[:, -1] for T in (2, 5))):
+        for w in (weight, weight.detach().clone()):
+            assert torch.equal(quant.row_product("bf16 compiled", x, [w], 8), quant.bf16_row(x, w))
+
+
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
     monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
     torch.manual_seed(0)
@@ -300,8 +313,8 @@ def test_speed_of_a_shape_end_to_end(tmp_path, monkeypatch):
 
 def test_timeline(tmp_path):
     events = [("stream 7", "gemv", 0.0, 1.0), ("stream 13", "scorer", 0.1, 0.2), ("host", "cudaEventSynchronize", 0.1, 0.3)]
-    speed.timeline(tmp_path / "t.png", events, "one token")
-    assert (tmp_path / "t.png").stat().st_size > 5000
+    (tmp_path / "speed-gpu.json").write_text(json.dumps({"timeline": events, "shapes": [{"name": "tiny"}], "device": "a GPU"}))
+    assert draw(tmp_path / "speed-gpu.json") == tmp_path / "speed-gpu.png" and (tmp_path / "speed-gpu.png").stat().st_size > 5000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,6 +6,7 @@ import re
 import shlex
 
 from bench import PAGES, render
+from charts import source_of
 from conftest import ROOT, script
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -58,6 +59,17 @@ def test_commands_take_the_options_that_the_readme_shows():
         words = shlex.split(line)
         for word in words[2:]:
             assert not word.startswith("--") or word in helps[words[1]], line
+
+
+def test_pictures_are_drawn_from_results():
+    """A picture names the hash of the file that it shows."""
+    from PIL import Image
+
+    shown = {name for text in TEXTS.values() for name in re.findall(r"\(([^)]+\.png)\)", text)}
+    assert len(shown) > 15
+    for name in shown:
+        picture = ROOT / "results" / name.removeprefix("results/")
+        assert Image.open(picture).text["Source"] == source_of(picture.with_suffix(".json")), f"{name}: run python bench.py report"
 
 
 def test_pictures_and_pages_exist():

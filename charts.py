@@ -1,0 +1,336 @@
+"""Every picture, drawn from a file in results/ and nothing else: `draw(file)`.
+
+A command measures and writes results/NAME.json; then the function here that is called as NAME begins (figure1, table-wikitext2 by
+`table`) draws NAME.png from it. `bench.py report` draws them all anew. Each takes the file as a dict and returns a matplotlib Figure.
+A picture carries the hash of the file that it shows, so that a test can tell when the two part.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+from baselines import interval
+from common import read_json, write_whole
+
+SHADES = (("4", "full", "#1b4965"), ("2", "INT8", "#5fa8d3"), ("1", "INT4", "#bee9e8"), ("0", "skip", "#e8e8e8"))  # of the states
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend at the right of its panel
+
+
+def canvas(width, height, columns=1, rows=1):
+    """An empty figure, so many inches wide and high, and its panels from left to right and down: (Figure, array of Axes)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def chart_of(file):
+    """The function that draws results/NAME.json, or None for a result without a picture."""
+    return CHARTS.get(Path(file).stem.split("-")[0])
+
+
+def source_of(file):
+    """What a picture says that it was drawn from."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def draw(file):
+    """results/NAME.json -> NAME.png beside it, whole or not at all; the path, or None where there is nothing to draw."""
+    chart, path, buffer = chart_of(file), Path(file).with_suffix(".png"), io.BytesIO()
+    if chart is None:
+        return None
+    chart(read_json(file)).savefig(buffer, format="png", dpi=110, metadata={"Source": source_of(file)})
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def task_of(r):
+    return r["caption"].split(",")[0]
+
+
+def by(rows, key):
+    """rows in groups of the same key: {value: [row]}, in order."""
+    out = {}
+    for row in rows:
+        out.setdefault(row[key], []).append(row)
+    return out
+
+
+def shares(axes, places, each, **labels):
+    """Stacked bars: each {state: share} at its place."""
+    bottom = [0.0] * len(each)
+    for s, name, color in SHADES:
+        share = [one[s] for one in each]
+        axes.bar(places, share, bottom=bottom, width=1.0, label=name, color=color, edgecolor="white")
+        bottom = [a + b for a, b in zip(bottom, share)]
+    axes.set(ylim=(0, 1), **labels)
+
+
+def error(values, spans):
+    """What matplotlib wants for intervals (low, high) around values."""
+    return [[max(0, v - low) for v, (low, _) in zip(values, spans)], [max(0, high - v) for v, (_, high) in zip(values, spans)]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train, speed
+
+
+def train(r):
+    """Training, KL by method, states by block."""
+    (figure, (a, b, c)), log, rows = canvas(15, 4, 3), r["log"], r["rows"]
+    x, y, label, title = (("epoch", "loss", "loss", "fit to Fisher labels") if "epoch" in log[0] else
+                          ("step", "ce", "CE, nats a token", "cross-entropy of the gated model") if "ce" in log[0] else
+                          ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
+    a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
+    a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
+    b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], color="tab:blue")
+    b.invert_yaxis()
+    b.set(xlabel="KL to the full model, nats", title="Held-out")
+    b.locator_params(axis="x", nbins=5)
+    shares(c, range(1, len(r["shares"]) + 1), r["shares"], xlabel="block", ylabel="share of tokens", xlim=(0.5, len(r["shares"]) + 0.5),
+           title=f"{rows[1]['name'].split(' at ')[0]}, {rows[1]['speedup']:.2f}x")
+    c.legend(**BESIDE)
+    return figure
+
+
+def speed(r):
+    """Tokens/s of every path and of the peers; of the GPU suite one token's timeline."""
+    if "timeline" in r:
+        return timeline(r)
+    rows = sorted(r["tokens_per_second"].items(), key=lambda row: row[1])
+    figure, [axes] = canvas(8, 0.5 * len(rows) + 1.2)
+    ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
+    axes.bar_label(axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours), fmt="%.0f", padding=3)
+    axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {r['model']} on {r['device']}")
+    axes.margins(x=0.1)
+    return figure
+
+
+def timeline(r):
+    """Streams and host as rows, one token from left to right; the busiest stream is the main one."""
+    events = r["timeline"]
+    busy = lambda row: sum(e[3] for e in events if e[0] == row)
+    streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
+    rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
+    figure, [axes] = canvas(12, 3)
+    for y, row in enumerate(rows):
+        for wait, color in ((False, "tab:blue"), (True, "lightgray")):
+            bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
+            axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
+    axes.set(xlabel="milliseconds", title=f"One token, decided one block ahead, {r['shapes'][0]['name']}, {r['device']}", yticks=range(len(rows)),
+             yticklabels=rows.values())
+    axes.invert_yaxis()
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The paper's tables and figures
+
+
+def table(r):
+    """Quality against measured time (against bits where nothing is decoded), a line a method; of perplexity also the part near the full
+    model's."""
+    x, there, full = "measured" if "measured" in r["rows"][0] else "speedup", [row for row in r["rows"][1:] if "missing" not in row], r["rows"][0]["value"]
+    perplexity, methods = r["metric"] == "perplexity", by(there, "method")
+    figure, panels = canvas(14 if perplexity else 9, 5, 1 + perplexity)
+    for near, axes in enumerate(panels):
+        colors = iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+        axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")
+        for method, rows in methods.items():
+            alone = method in ("int8", "int4")
+            color = "black" if alone else next(colors)
+            if near and min(row["value"] for row in rows) > 1.1 * full:
+                continue
+            axes.plot(*zip(*sorted((row[x], row["value"]) for row in rows)), marker="s" if alone else "o", markersize=5, color=color,
+                      linestyle="none" if alone else "-" if method == "dash" else "--", linewidth=2.2 if method == "dash" else 1.2,
+                      label=None if alone else method)
+            if alone:
+                axes.annotate(method.upper(), (rows[0][x], rows[0]["value"]), xytext=(6, 6), textcoords="offset points")
+        axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=r["metric"],
+                 title=f"{task_of(r)}, test{', the methods near the full model' if near else ''}", yscale="log" if perplexity and not near else "linear")
+        axes.margins(x=0.08)
+        axes.legend()
+    return figure
+
+
+def frontier(r):
+    figure, [axes] = canvas(8, 4.5)
+    colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
+    others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
+    for method, rows in by(r["rows"][3:], "method").items():
+        axes.plot([row["speedup"] for row in rows], [row["kl"] for row in rows], marker="o", markersize=4, label=method,
+                  linestyle="--" if method in colors else "-", color=colors.get(method) or next(others, None))
+    for row in r["rows"][1:3]:
+        axes.plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
+        axes.annotate(row["method"], (row["speedup"], row["kl"]), xytext=(6, -12), textcoords="offset points")
+    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
+    axes.legend()
+    return figure
+
+
+def figure1(r):
+    """Similarity of input and output by block, of all hidden states, and accuracy without the most similar blocks."""
+    (figure, (a, b, c)), blocks = canvas(15, 4, 3), range(1, len(r["similarity"]) + 1)
+    a.plot(blocks, r["similarity"], marker="o", markersize=3)
+    a.fill_between(blocks, *r["deciles"], alpha=0.2)
+    a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
+    figure.colorbar(b.imshow(r["pairs"], origin="lower", vmin=0), ax=b)
+    b.set(xlabel="j", ylabel="i", title="Cosine of $h_i$ and $h_j$")
+    c.errorbar(range(len(r["accuracy"])), r["accuracy"], error(r["accuracy"], r["intervals"]), marker="o", capsize=3)
+    c.set(xlabel="most similar blocks skipped", ylabel="accuracy", title=f"{r['n']} items")
+    return figure
+
+
+def figure2(r):
+    figure, [axes] = canvas(8, 4)
+    for name, means in r["similarity"].items():
+        axes.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=name)
+    axes.set(xlabel="block", ylabel="cosine of input and output", title="Tokens by what is predicted without the most similar blocks")
+    axes.legend()
+    return figure
+
+
+def figure4(r):
+    """States by tenth of similarity at each speed, and the skip rate by block of every policy."""
+    figure, [*panels, last] = canvas(5 * len(r["shares"]) + 6, 4, len(r["shares"]) + 1)
+    for (speedup, each), axes in zip(r["shares"].items(), panels):
+        shares(axes, range(1, 11), each, xlabel="tenth of (block, token) by similarity, 1 the least", ylabel="share of states", title=speedup)
+    panels[-1].legend(**BESIDE)
+    for name, rate in r["skip_rate"].items():
+        last.plot(range(1, len(rate) + 1), rate, marker="o", markersize=3, label=name)
+    last.set(xlabel="block", ylabel="share of tokens that skip it", title="States 0 and 4 only, 1.33x", ylim=(0, 1))
+    last.legend()
+    return figure
+
+
+def transfer(r):
+    (figure, [axes]), found = canvas(7, 5), r["found"]
+    tasks = list(next(iter(found.values())))
+    best = {b: max(1e-9, min(found[a][b]["kl"] for a in found)) for b in tasks}
+    ratio = [[found[a][b]["kl"] / best[b] for b in tasks] for a in found]
+    figure.colorbar(axes.imshow(ratio, cmap="viridis_r", norm="log"), ax=axes)
+    for y, line in enumerate(ratio):
+        for x, v in enumerate(line):
+            axes.text(x, y, f"{v:.2g}", ha="center", va="center", color="white" if v > 3 else "black")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel="tested on", ylabel="trained on", title="KL to the full model over the column's least")
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The other systems of the field
+
+
+def hidden(r):
+    """Distance against blocks kept, with 95% intervals; Rouge-L against cost, where summaries were made."""
+    rows = r["summaries"]
+    figure, panels = canvas(11 if rows else 6, 4.2, 2 if rows else 1)
+    for k, (way, those) in enumerate(r["distance"].items()):
+        panels[0].plot(r["kept"], [sum(d) / len(d) for d in those], marker="o", markersize=4, label=way)
+        panels[0].fill_between(r["kept"], *zip(*map(interval, those)), alpha=0.2)
+        if rows:
+            line = rows[:1] + rows[1 + k :: len(r["distance"])]
+            panels[1].plot([100 / row["speedup"] for row in line], [100 * row["rougeL"] for row in line], marker="o", label=way)
+    panels[0].set(xlabel="blocks kept, %", ylabel="cosine distance", title=f"Last hidden state, to the full model's; {task_of(r)}, test")
+    if rows:
+        panels[1].set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="cnn_dm, test")
+    panels[0].legend()
+    return figure
+
+
+def oracle(r):
+    """What each nested path would do to all sequences, and which of them the oracle takes."""
+    (figure, (left, right)), P = canvas(11, 4.2, 2), len(r["paths"])
+    mean = lambda values: sum(values) / len(values)
+    cost = [100 * mean(c) for c in r["cost"]]
+    change = [mean(s) - mean(r["score"][0]) for s in r["score"]]
+    left.plot(cost[:P], change[:P], ".-", color="tab:gray", label="one path for all")
+    left.plot(cost[P], change[P], "s", color="black", label="all INT8")
+    for first, last, label in ((P + 1, len(cost) - r["skipping"], "policy"), (len(cost) - r["skipping"], len(cost), "policy, states 0 and 4")):
+        if last > first:
+            left.plot(cost[first:last], change[first:last], "o", label=label)
+    taken = [r["score"][n][k] for k, n in enumerate(r["picked"])]
+    left.plot(100 * r["blocks"], mean(taken) - mean(r["score"][0]), "*", markersize=12, color="tab:red", label="oracle")
+    left.set_yscale("symlog", linthresh=0.1)  # the last paths lose a hundred times what the others do
+    left.set(xlabel="cost in bits, % of the full model's", ylabel="change of score", title=f"{r['caption'].split(', ')[1]}, test")
+    left.legend(fontsize="small")
+    kept = [100 * sum(s > 0 for s in path) / len(path) for path in r["paths"]]
+    right.bar(range(P), [100 * r["picked"].count(n) / len(r["picked"]) for n in range(P)])
+    right.set_xticks(range(P), [f"{k:.0f}" for k in kept])
+    right.set(xlabel="path taken, % of the blocks", ylabel="% of sequences",
+              title=f"Mean of the oracle's paths {100 * r['blocks']:.0f}%, of luck's {100 * r['luck']:.0f}%")
+    return figure
+
+
+def controllers(r):
+    figure, [axes] = canvas(8, 4)
+    asked, methods = list(by(r["rows"], "asked")), list(by(r["rows"], "method"))
+    for n, method in enumerate(methods):
+        those = [row for row in r["rows"] if row["method"] == method]
+        axes.bar([asked.index(row["asked"]) + 0.8 * n / len(methods) for row in those], [row["nats"] - r["full"] for row in those],
+                 0.8 / len(methods), label=method)
+    axes.set_xticks([i + 0.4 - 0.4 / len(methods) for i in range(len(asked))], [f"{n} blocks skipped" for n in asked])
+    axes.set(ylabel="nats lost", title=f"Skip controllers, {task_of(r)}")
+    axes.legend(**BESIDE)
+    return figure
+
+
+def kv(r):
+    (figure, [axes]), names = canvas(8, 3.8), list(by(r["rows"], "method"))
+    for n, (mode, rows) in enumerate(by(r["rows"], "kv").items()):
+        axes.bar([i + 0.4 * n for i in range(len(rows))], [row["nats"] - r["full"] for row in rows], 0.4,
+                 label={"fill": "filled, in INT4"}.get(mode, mode))
+    axes.set_xticks([i + 0.2 for i in range(len(names))], [name.replace(", ", "\n") for name in names])
+    axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task_of(r)}")
+    axes.legend()
+    return figure
+
+
+def depth(r):
+    """Blocks and cost a new token by kind of request: mean, and deviation over tokens."""
+    (figure, panels), kinds, methods = canvas(11, 4, 2), list(by(r["rows"], "kind")), by(r["rows"], "method")
+    for axes, key, what in zip(panels, ("blocks", "cost"), ("blocks run", "cost a block (4 = full)")):
+        for n, (method, rows) in enumerate(methods.items()):
+            means, variances = zip(*(row[key] for row in rows))
+            axes.errorbar([kinds.index(row["kind"]) + 0.15 * (n - (len(methods) - 1) / 2) for row in rows], means, [v**0.5 for v in variances],
+                          fmt="o", capsize=3, label=method)
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set(ylabel=f"{what}: mean, standard deviation")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def retain(r):
+    """Retained % by task, a line a method."""
+    tasks = by([row for row in r["rows"] if row["skipped"]], "task")
+    figure, panels = canvas(12, 7, 3, 2)  # the last is for the legend
+    for axes in panels[len(tasks) :]:
+        axes.axis("off")
+    for axes, (task, rows) in zip(panels, tasks.items()):
+        for method, those in by(rows, "method").items():
+            points = sorted((row["speedup"], 100 * row["retained"]) for row in those if "retained" in row)
+            axes.plot(*zip(*points) if points else ([], []), marker="o", markersize=4, label=method)
+        axes.axhline(100, color="black", linestyle=":", linewidth=1)
+        axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model", ylim=(-5, 200))
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
+    return figure
+
+
+def multitoken(r):
+    """Nats by place in the cycle, and what the cycles save."""
+    (figure, (left, right)), rows = canvas(11, 4, 2), r["rows"]
+    for n, row in enumerate(rows):
+        for key, style in (("before", ":"), ("after", "-")):
+            left.plot(range(1, row["tau"] + 1), row[key], style, marker="o", color=f"C{n}", label=f"tau = {row['tau']}, {key}")
+        right.bar(n - 0.2, row["faster"], 0.4, color="C0", label=None if n else "measured")
+        right.bar(n + 0.2, 1 / row["passes"], 0.4, color="C1", label=None if n else "promised by the passes of blocks")
+    left.set(xlabel="place in the cycle", ylabel="nats a token, held-out", xticks=range(1, max(row["tau"] for row in rows) + 1))
+    right.set_xticks(range(len(rows)), [f"tau = {row['tau']}" for row in rows])
+    right.set(ylabel="tokens/s over the full model's")
+    left.legend(fontsize="small", **BESIDE), right.legend()
+    return figure
+
+
+CHARTS = {f.__name__: f for f in (train, speed, table, frontier, figure1, figure2, figure4, transfer, hidden, oracle, controllers, kv, depth, retain,
+                                  multitoken)}
