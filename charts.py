@@ -130,8 +130,9 @@ def timeline(r):
 def table(r):
     """Quality against measured time (against bits where nothing is decoded), a line a method; of perplexity also the part near the full
     model's."""
-    x, there, full = "measured" if "measured" in r["rows"][0] else "speedup", [row for row in r["rows"][1:] if "missing" not in row], r["rows"][0]["value"]
-    perplexity, methods = r["metric"] == "perplexity", by(there, "method")
+    full, *rows = r["rows"]
+    x, full, perplexity = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity"
+    methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(14 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):
         colors = iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
@@ -147,7 +148,8 @@ def table(r):
             if alone:
                 axes.annotate(method.upper(), (rows[0][x], rows[0]["value"]), xytext=(6, 6), textcoords="offset points")
         axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=r["metric"],
-                 title=f"{task_of(r)}, test{', the methods near the full model' if near else ''}", yscale="log" if perplexity and not near else "linear")
+                 title=f"{task_of(r)}, test{', the methods near the full model' if near else ''}",
+                 yscale="log" if perplexity and not near else "linear")
         axes.margins(x=0.08)
         axes.legend()
     return figure

@@ -231,7 +231,8 @@ def item_examples(tokenizer, items, longest, device, where="the items"):
                 raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: the choice {choice[1:]!r} adds no token, so it has no likelihood")
             cut = max(0, len(ids) - 1 - longest)  # as the harness does, a question that is too long loses its beginning
             if cut >= start:
-                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: a choice of {len(ids) - start} tokens does not fit into the context of {longest}")
+                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: a choice of {len(ids) - start} tokens does not fit into the "
+                                 f"context of {longest}")
             row = ids[cut:-1]
             if row not in rows:
                 rows.append(row)

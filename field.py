@@ -105,7 +105,8 @@ def kv(args):
     full, *rows = compare(model, examples, [None, *(p for _, _, p in ways)])
     rows = [r | {"method": name, "kv": mode} for (name, mode, _), r in zip(ways, rows)]
     markdown = format_table(["nats lost, KL [95% intervals] (speedup in bits)", "filled, in INT4", "none"], [
-        [name, *(f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)] for name in contenders])
+        [name, *(f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)]
+        for name in contenders])
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
                f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
     publish(args, "kv", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])

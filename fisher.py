@@ -1,10 +1,11 @@
 """Fisher labels: what damage each (token, block, state) does, and a scorer that learns to foresee it. `train.py --objective fisher`.
 
-Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, token, state): each product computes
-x W + a stop(x (W_s - W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i
-times its input, and its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d log p(sequence) / d a, averaged over draws. That is the second-order estimate of
-the KL divergence which this one choice adds over *all* later tokens, damage to keys and values included. In the words of the MDP it
-is -R_acc of Eq 13 summed over the whole episode, with every other decision at state 4: a value, where the paper samples returns.
+Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, token, state): each product computes x W + a stop(x (W_s -
+W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i times its input, and
+its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d
+log p(sequence) / d a, averaged over draws. That is the second-order estimate of the KL divergence which this one choice adds over *all*
+later tokens, damage to keys and values included. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
+other decision at state 4: a value, where the paper samples returns.
 
     fisher_labels   one forward pass of the full model, and for each draw one backward pass to all gates at once
     fit             the scorer (policy.Scorer, Eq 8-10) learns their expectation from the hidden state
@@ -61,8 +62,9 @@ class Gated:
 def draws(model, hidden, example, generator):
     """Targets drawn from the model's own distribution, without end: yields d log p(targets) / d hidden.
 
-    For text (T, C), from hidden (T, C); for items (R, T, C), from hidden (R, T, C), which must require a gradient. Text: a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never
-    touch the head again. Multiple choice: one answer.
+    For text (T, C), from hidden (T, C); for items (R, T, C), from hidden (R, T, C), which must require a gradient. Text:
+    a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never touch the head
+    again. Multiple choice: one answer.
     """
     if example.choices is None:
         with torch.no_grad():

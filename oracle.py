@@ -215,5 +215,6 @@ def allocate(args, task):
                "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals "
                "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
     publish(args, f"oracle-{task}", model, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
-            n=len(sequences), skipping=len(cost[split:]), blocks=1 - gap, luck=luck.mean().item(), saved=best, policy=path if asked else None, paths=[p.tolist() for p in plans],
+            n=len(sequences), skipping=len(cost[split:]), blocks=1 - gap, luck=luck.mean().item(), saved=best,
+            policy=path if asked else None, paths=[p.tolist() for p in plans],
             picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())

@@ -75,7 +75,8 @@ def reward_of(model, example, policy):
 def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cost, checkpoint, log):
     """REINFORCE on examples; trains the scorer of a `Rollout` in place. Resumes from `checkpoint` when it has a step.
 
-    beta: of Eq 12; target_cost: mean cost of a block, in the units of policy.costs; log: an open file, a JSON line a step; unit: what a difference of 1 in q / tau is worth at the start, in nats, so that exploration has the scale of the damage.
+    beta: of Eq 12; target_cost: mean cost of a block, in the units of policy.costs; log: an open file, a JSON line a step; unit: what a
+    difference of 1 in q / tau is worth at the start, in nats, so that exploration has the scale of the damage.
     """
     generator = torch.Generator().manual_seed(checkpoint.seed)
     optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)

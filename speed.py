@@ -78,8 +78,8 @@ def gpt_fast(folder, c, device, context, tokens):
         spec.loader.exec_module(module)
         if "mask" in inspect.signature(module.Transformer.forward).parameters:
             raise ValueError("its forward wants a mask: check out 32971d3, the last before flex attention")
-        args = module.ModelArgs(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.n_embd, norm_eps=c.norm_eps,
-                                intermediate_size=c.n_hidden, n_local_heads=c.n_kv_head, rope_base=c.rope_theta)
+        args = module.ModelArgs(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, dim=c.n_embd,
+                                norm_eps=c.norm_eps, intermediate_size=c.n_hidden, n_local_heads=c.n_kv_head, rope_base=c.rope_theta)
     with torch.device("meta"):
         theirs = module.Transformer(args).bfloat16()
     theirs.to_empty(device=device).requires_grad_(False)
