@@ -232,6 +232,7 @@ def test_row_kernels_against_the_reference(N, K, compiled):
         assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
 
 
+@torch.inference_mode()
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_one_compilation_serves_parameters_copies_and_the_last_row_of_any_prompt(monkeypatch):
     """torch.compile guards on types and on every stride: what `row_product` passes on must not differ in them."""
