@@ -82,14 +82,15 @@ PAGES = ("README.md", "results/README.md")
 
 
 def report(args):
-    if not any(Path(args.results).glob("*.json")):
+    files = sorted(Path(args.results).glob("*.json"))
+    if not files:
         raise ValueError(f"--results {args.results} holds no results; make some with bench.py or train.py")
     pages = render({page: read_text(page) for page in PAGES}, args.results)
     for page, text in pages.items():
         write_whole(page, text.encode())
-    shown = [file for file in sorted(Path(args.results).glob("*.json")) if any(f"{file.stem}.png)" in text for text in pages.values())]
+    shown = [file for file in files if any(f"{file.stem}.png)" in text for text in pages.values())]
     print(f"wrote {' and '.join(PAGES)}{', and drew ' if shown else ''}{', '.join(draw(file).name for file in shown)}")
-    for file in sorted(Path(args.results).glob("*.json")):
+    for file in files:
         if not any(f"<!-- {file.stem} -->" in text for text in pages.values()):
             print(f"{file} is shown by neither: it has no part between <!-- {file.stem} --> and <!-- /{file.stem} -->")
 

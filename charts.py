@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 
 from baselines import interval
-from common import read_json, write_whole
+from common import read_json, refusing, write_whole
 
 SHADES = (("4", "full", "#1b4965"), ("2", "INT8", "#5fa8d3"), ("1", "INT4", "#bee9e8"), ("0", "skip", "#e8e8e8"))  # of the states
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend at the right of its panel
@@ -24,11 +24,6 @@ def canvas(width, height, columns=1, rows=1):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def chart_of(file):
-    """The function that draws results/NAME.json, or None for a result without a picture."""
-    return CHARTS.get(Path(file).stem.split("-")[0])
-
-
 def source_of(file):
     """What a picture says that it was drawn from."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -36,10 +31,12 @@ def source_of(file):
 
 def draw(file):
     """results/NAME.json -> NAME.png beside it, whole or not at all; the path, or None where there is nothing to draw."""
-    chart, path, buffer = chart_of(file), Path(file).with_suffix(".png"), io.BytesIO()
+    chart, path, buffer = CHARTS.get(Path(file).stem.split("-")[0]), Path(file).with_suffix(".png"), io.BytesIO()
     if chart is None:
         return None
-    chart(read_json(file)).savefig(buffer, format="png", dpi=110, metadata={"Source": source_of(file)})
+    with refusing(file, "lacks what its picture shows", "make it again with the command that it names"):
+        figure = chart(read_json(file))
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Source": source_of(file)})
     write_whole(path, buffer.getvalue())
     return path
 

@@ -106,25 +106,21 @@ def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cos
     policy.tau = None
 
 
-def learn(scorer, model, examples, few, scale, costs, checkpoint, log_path, settings):
-    """The policy gradient, from measured sensitivities or from settings["start"], a policy file. Trains scorer in place.
+def learn(scorer, model, examples, few, scale, costs, start, checkpoint, log_path, settings):
+    """The policy gradient, from measured sensitivities or, unless it is None, from the policy `start`. Trains scorer in place.
 
     few: examples that sensitivities are measured on; costs (4,); settings: those of train.py; a log line a step goes to log_path.
-    Returns the measured damage (L, 4), nats. ValueError when the start has another horizon or cost.
+    Returns the measured damage (L, 4), nats.
     """
-    damage, horizon = sensitivities(model, few, scale), settings["horizon"]
+    damage = sensitivities(model, few, scale)
     goal = goal_cost(settings["speedup"], len(scale), settings["overhead"])
     mu, _ = static_plan(damage, costs, goal)
-    if settings["start"]:
-        before = Policy.load(settings["start"])
-        before.check(model)
-        if before.horizon != horizon or before.settings.get("cost") != settings["cost"]:
-            raise ValueError(f"--start {settings['start']}: its --horizon or --cost differs ({before.horizon}, {before.settings.get('cost')})")
-        scorer.load_state_dict(before.scorer.state_dict())
-        mu = before.at(settings["speedup"]).mu
+    if start:
+        scorer.load_state_dict(start.scorer.state_dict())
+        mu = start.at(settings["speedup"]).mu
     else:
         scorer.bias.data[1:, :, :3] = damage[1:, None, :3].clamp(min=1e-12).log().to(scorer.bias.device)
-    rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings).to(scorer.bias.device)
+    rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=settings["horizon"], settings=settings).to(scorer.bias.device)
     rollout.mu = mu
     unit = float((damage[1:, 1] - damage[1:, 2]).abs().median().clamp(min=1e-9))
     beta = 4 * mu if settings["beta"] is None else settings["beta"]

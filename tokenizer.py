@@ -265,7 +265,8 @@ def tokenizer_from_json(folder):
         if kinds - ({"ByteLevel"} if of_bytes else {"Replace", "ByteFallback", "Fuse", "Strip"}) or not (of_bytes or bpe.get("byte_fallback")):
             raise ValueError(f"{where}: decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
         normal = steps["normalizer"] + [step for step in steps["pre_tokenizer"] if step["type"] == "Metaspace"]
-        normalizer_of(normal, where)("a b", True)  # a step that lacks something: say so now
+        normalize = normalizer_of(normal, where)
+        normalize("a b", True)  # a step that lacks something: say so now
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
         template = folder / "chat_template.jinja"
@@ -273,7 +274,7 @@ def tokenizer_from_json(folder):
         if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         return Tokenizer(bpe["vocab"], merges, special, pattern, eos, template, text(extra.get("bos_token")), added,
-                         template_of(steps["post_processor"], where), normalizer_of(normal, where), whole, bpe.get("unk_token"),
+                         template_of(steps["post_processor"], where), normalize, whole, bpe.get("unk_token"),
                          bool(bpe.get("fuse_unk")), None if of_bytes else "Strip" in kinds)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, regex.error) as e:
         reason = str(e) if str(where) in str(e) else f"{where} is not a tokenizer that we can read: {e!r}"

@@ -129,10 +129,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 Compare
-
-
-# ----------------------------------------------------------------------------------------------------------
+# 5 Compare, and the command line
 
 
 def arguments():
@@ -227,8 +224,9 @@ def main():
     text = load_text(args.data, "train", args.data_dir)
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
-    if args.start:
-        Policy.load(args.start).check(model)  # likewise
+    start = Policy.load(args.start) if args.start else None
+    if start:
+        start.check(model)
     bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
     choice = is_choice(args.data)
     read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
@@ -237,6 +235,8 @@ def main():
         train_routers(args, device, text, model, tokenizer, read)
         return
     horizon = L if args.horizon is None else min(args.horizon, L)
+    if start and (start.horizon != horizon or start.settings.get("cost") != args.cost):
+        raise ValueError(f"--start {args.start}: its --horizon or --cost differs ({start.horizon}, {start.settings.get('cost')})")
     costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(
         f"results/speed-{device.type}.json", device, model.fingerprint(), horizon)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
@@ -277,7 +277,7 @@ def main():
         damage, table = fisher.learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path)
         tables = {"position_damage": table.tolist()}  # what a plan by block and position goes by
     else:
-        damage = reinforce.learn(scorer, model, examples, few, scale, costs, checkpoint, log_path, settings)
+        damage = reinforce.learn(scorer, model, examples, few, scale, costs, start, checkpoint, log_path, settings)
     tables["damage"] = damage.tolist()  # what a static plan goes by
 
     policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings | tables).to(device)

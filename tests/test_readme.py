@@ -38,7 +38,8 @@ def test_numbers_between_the_tables_are_those_of_results():
     of = lambda method, rows: [r["kl"] for r in rows if r["method"] == method]
     left, on_docs = ([a / b for a, b in zip(of("dash, horizon 30, seed 0", rows), of("best static plan", rows))] for rows in (frontier, docs))
     for said in (f"loses {min(left):.2f} to {max(left):.2f} of the KL that the best static plan loses",
-                 f"loses {', '.join(f'{v:.2f}' for v in on_docs)} of the static plan's KL at these speedups", f"three seeds: {', '.join(kl_share(f'{whole}{seed}') for seed in ('', '-seed1', '-seed2'))} of its KL",
+                 f"loses {', '.join(f'{v:.2f}' for v in on_docs)} of the static plan's KL at these speedups",
+                 f"three seeds: {', '.join(kl_share(f'{whole}{seed}') for seed in ('', '-seed1', '-seed2'))} of its KL",
                  f"{kl_share(fisher)} of the static plan's KL at {reached(fisher)}, before it {kl_share(whole)}",
                  "it keeps {}, {} and {} of the static plan's KL at 2.67x, with all three {}:".format(
                      *(kl_share(f"{whole}-rl{off}") for off in ("-lam0", "-beta0", "-weights0", ""))),
