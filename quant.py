@@ -15,9 +15,9 @@ Three things are kept apart on purpose:
     fake       `FakeWeight`: the dequantised weight and a plain matrix product, for whole sequences; `fake_quantize`: the same
                with a straight-through gradient.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
-               is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`; on a GPU in bf16, for one row, the
-               fastest of `ROW_KERNELS` for the shape, by measurement; every other case takes the path named
-               "reference": dequantise, then multiply. `kernel` says which one a weight uses.
+               is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
+               `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement; every
+               other case takes the path named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -251,22 +251,60 @@ def product(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+LANES = 96  # outputs side by side in a table of `bag_row`: their sums fill 12 of AVX2's 16 registers
+LARGE = 2**20  # weights from which `bag_row` beats int8pack there (measured, results/NOTES.md); below it its three more operators count
+
+
+def bag_table(codes):
+    """codes (N, K) int8 -> (ceil(N / LANES) * K, LANES + 8) uint8, a row for every input of LANES outputs: what each of them multiplies
+    that input by, plus 128, and the row's scale 1 and bias -128 in fp32, as PyTorch's embedding_bag_byte wants it (ours)."""
+    N, K = codes.shape
+    table = (F.pad(codes.T, (0, -N % LANES)).short() + 128).to(torch.uint8).reshape(K, -1, LANES).transpose(0, 1).reshape(-1, LANES)
+    return torch.cat([table, torch.tensor([1.0, -128.0]).view(torch.uint8).expand(len(table), 8)], 1)
+
+
+def bag_codes(table, N, K):
+    """The inverse of `bag_table`, in bf16: (N, K), stored by inputs."""
+    return (table.view(-1, K, LANES + 8)[..., :LANES].bfloat16() - 128).transpose(0, 1).reshape(K, -1)[:, :N].T
+
+
+@functools.cache
+def bag_places(rows, K):
+    """Which rows of a table each sum takes: all, K at a time."""
+    return torch.arange(rows, dtype=torch.int32), torch.arange(0, rows + 1, K, dtype=torch.int32)
+
+
+def bag_row(x, table, N):
+    """x (1, K), the table of codes (N, K) -> x codes^T (1, N) fp32.
+
+    A product with one row is a weighted sum of the weight's columns, which is what an embedding bag is for, and PyTorch's for bytes
+    (from FBGEMM) reads them at up to three times the speed of `_weight_int8pack_mm` on a CPU with AVX2 alone (results/NOTES.md).
+    """
+    rows, ends = bag_places(len(table), x.shape[1])
+    inputs = x.expand(len(ends) - 1, -1).to(torch.float32, memory_format=torch.contiguous_format).reshape(-1)
+    y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, rows, ends, False, 0, False, inputs, None, True).view(1, -1)
+    return y if y.shape[1] == N else y[:, :N]
+
+
 class Int8Weight:
     """INT8 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int8pack": aten's CPU kernel, bf16. It returns garbage or crashes when K is no multiple of 16, so such a width
-    takes "reference", as does any other dtype. For many rows (a prompt) "int8pack" and the GPU's kernels multiply by the codes
-    in bf16 and scale the output: a matrix product is worth the detour.
+    takes "reference", as does any other dtype. "int8 bag": `bag_row`, for large weights on a CPU with AVX2 alone. For many rows (a
+    prompt) these and the GPU's kernels multiply by the codes in bf16 and scale the output: a matrix product is worth the detour.
     """
 
     def __init__(self, codes, scale, dtype):
-        K = codes.shape[1]
+        self.N, self.K = codes.shape
+        self.kernel, self.codes, self.scale = "reference", codes, scale.to(dtype)
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
-        self.kernel = "int8pack" if on_cpu and K % 16 == 0 else "reference"
-        self.codes, self.scale = codes, scale.to(dtype)
+        if on_cpu and AVX2 and codes.numel() >= LARGE:
+            self.kernel, self.codes, self.scale = "int8 bag", bag_table(codes), scale.float()
+        elif on_cpu and self.K % 16 == 0:
+            self.kernel = "int8pack"
         if codes.is_cuda and dtype == torch.bfloat16:
             layouts = dict.fromkeys(("int8 compiled", "int8 aten"), self.tensors)
-            self.kernel = choose((8, *codes.shape), layouts, lambda x: F.linear(x, dequantize_int8(codes, scale)), codes.device)
+            self.kernel = choose((8, self.N, self.K), layouts, lambda x: F.linear(x, dequantize_int8(codes, scale)), codes.device)
 
     def tensors(self):
         return [self.codes, self.scale]
@@ -274,11 +312,15 @@ class Int8Weight:
     def __call__(self, x):
         if self.kernel == "int8pack" and len(x) < MANY:
             return torch._weight_int8pack_mm(x, self.codes, self.scale)
+        if self.kernel == "int8 bag" and len(x) < MANY:
+            y = bag_row(x, self.codes, self.N) if len(x) == 1 else torch.cat([bag_row(row, self.codes, self.N) for row in x.split(1)])
+            return (y * self.scale).to(x.dtype)
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
         if len(x) > 1:
-            return product(x, self.codes.to(x.dtype)) * self.scale  # codes are exact in bf16; scaling the output is cheaper
-        return row_product(self.kernel, x, self.tensors(), len(self.codes))
+            codes = bag_codes(self.codes, self.N, self.K) if self.kernel == "int8 bag" else self.codes.to(x.dtype)
+            return (product(x, codes) * self.scale).to(x.dtype)  # codes are exact in bf16; scaling the output is cheaper
+        return row_product(self.kernel, x, self.tensors(), self.N)
 
 
 def pack_nibbles(codes):

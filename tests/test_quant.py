@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from quant import (GROUP, Int4Weight, Int8Weight, RoutedLinear, dequantize_int4, dequantize_int8, fake_quantize, gptq_int4, pack_nibbles,
-                   quantize_int4, quantize_int8, unpack_nibbles)
+from quant import (AVX2, GROUP, Int4Weight, Int8Weight, RoutedLinear, bag_codes, bag_row, bag_table, dequantize_int4, dequantize_int8,
+                   fake_quantize, gptq_int4, pack_nibbles, quantize_int4, quantize_int8, unpack_nibbles)
 
-SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192)]
+SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192), (2000, 600)]
 
 
 @pytest.mark.parametrize("N, K", SHAPES)
@@ -64,6 +64,7 @@ def test_shapes_that_a_kernel_cannot_take_have_a_named_other_path():
     w8 = lambda N, K, t: Int8Weight(*quantize_int8(torch.randn(N, K)), t).kernel
     w4 = lambda N, K, t: Int4Weight(*quantize_int4(torch.randn(N, K)), t).kernel
     assert w8(33, 64, torch.bfloat16) == "int8pack" and w8(33, 72, torch.bfloat16) == "reference"
+    assert w8(2000, 600, torch.bfloat16) == ("int8 bag" if AVX2 else "reference") and w8(2000, 600, torch.float32) == "reference"
     assert w4(32, 128, torch.bfloat16) == "int4pack" and w4(33, 128, torch.bfloat16) == "reference"
     assert w4(32, 96, torch.bfloat16) == "reference" and w4(32, 128, torch.float32) == "reference"
 
@@ -103,6 +104,16 @@ def test_gptq_with_white_inputs_is_rounding_with_clipping():
     w = torch.randn(8, 64)
     error = lambda q: (dequantize_int4(*q) - w).square().mean()
     assert error(gptq_int4(w, torch.eye(64))) <= error(quantize_int4(w))
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+def test_a_bag_is_a_product(N, K):
+    """On any CPU: the table gives the codes back, and its weighted sum is the product with integers, to fp32 accuracy."""
+    codes, x = torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.randn(1, K)
+    table = bag_table(codes)
+    assert torch.equal(bag_codes(table, N, K).float(), codes.float())
+    exact = x.double() @ codes.double().T
+    assert (bag_row(x, table, N) - exact).abs().max() <= 1e-5 * (x.abs().double() @ codes.abs().double().T).max()
 
 
 def test_nibbles():
