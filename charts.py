@@ -42,7 +42,8 @@ def draw(file):
 
 
 def task_of(r):
-    return r["caption"].split(",")[0]
+    task = r["caption"].split(",")[0]
+    return "pydocs" if task == "lm" else task
 
 
 def by(rows, key):
@@ -65,7 +66,11 @@ def shares(axes, places, each, **labels):
 
 def error(values, spans):
     """What matplotlib wants for intervals (low, high) around values."""
-    return [[max(0, v - low) for v, (low, _) in zip(values, spans)], [max(0, high - v) for v, (_, high) in zip(values, spans)]]
+    return [[max(0, pair) for pair in side] for side in zip(*((v - low, high - v) for v, (low, high) in zip(values, spans)))]
+
+
+def kl_error(rows):
+    return error([row["kl"] for row in rows], [interval(row["each"]["kl"]) for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -80,7 +85,9 @@ def train(r):
                           ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
-    b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], color="tab:blue")
+    bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], color="tab:blue")
+    b.bar_label(bars, [f"{row['speedup']:.2f}x" for row in rows[1:]], padding=3)
+    b.margins(x=0.2)
     b.invert_yaxis()
     b.set(xlabel="KL to the full model, nats", title="Held-out")
     b.locator_params(axis="x", nbins=5)
@@ -91,13 +98,18 @@ def train(r):
 
 
 def speed(r):
-    """Tokens/s of every path and of the peers; of the GPU suite one token's timeline."""
+    """Tokens/s of every path, of DASH and of the peers; of the GPU suite one token's timeline."""
     if "timeline" in r:
         return timeline(r)
-    rows = sorted(r["tokens_per_second"].items(), key=lambda row: row[1])
-    figure, [axes] = canvas(8, 0.5 * len(rows) + 1.2)
-    ours = ["tab:blue" if name.startswith("all ") else "tab:gray" for name, _ in rows]
-    axes.bar_label(axes.barh([name for name, _ in rows], [v for _, v in rows], color=ours), fmt="%.0f", padding=3)
+    paths, kinds = r["tokens_per_second"], {"dash": "tab:red", "all ": "tab:blue"}
+    paths = paths | {f"dash, {row['speedup_target']:g}x asked": paths["all bf16"] * row["measured"]
+                     for row in r["routed"] if row["horizon"] == r["policy"].get("horizon")}
+    names = sorted(paths, key=paths.get)
+    figure, [axes] = canvas(8, 0.4 * len(names) + 1.2)
+    bars = axes.barh(names, [paths[name] for name in names], color=[kinds.get(name[:4], "tab:gray") for name in names])
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    if "all skipped" in paths:  # a bound, no model
+        bars[names.index("all skipped")].set(fill=False, edgecolor="tab:blue", linestyle=":")
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {r['model']} on {r['device']}")
     axes.margins(x=0.1)
     return figure
@@ -142,13 +154,15 @@ def table(r):
             axes.plot(*zip(*sorted((row[x], row["value"]) for row in rows)), marker="s" if alone else "o", markersize=5, color=color,
                       linestyle="none" if alone else "-" if method == "dash" else "--", linewidth=2.2 if method == "dash" else 1.2,
                       label=None if alone else method)
-            if alone:
-                axes.annotate(method.upper(), (rows[0][x], rows[0]["value"]), xytext=(6, 6), textcoords="offset points")
+            if alone or near:
+                for row in rows:
+                    axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], row["value"]), xytext=(5, 5),
+                                  textcoords="offset points", fontsize="medium" if alone else "small", color=color)
         axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=r["metric"],
                  title=f"{task_of(r)}, test{', the methods near the full model' if near else ''}",
                  yscale="log" if perplexity and not near else "linear")
-        axes.margins(x=0.08)
-        axes.legend()
+        axes.margins(0.08)
+        axes.legend(**{} if near else BESIDE)
     return figure
 
 
@@ -161,7 +175,7 @@ def frontier(r):
                   linestyle="--" if method in colors else "-", color=colors.get(method) or next(others, None))
     for row in r["rows"][1:3]:
         axes.plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
-        axes.annotate(row["method"], (row["speedup"], row["kl"]), xytext=(6, -12), textcoords="offset points")
+        axes.annotate(row["method"], (row["speedup"], row["kl"]), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
     axes.legend()
     return figure
@@ -230,10 +244,12 @@ def hidden(r):
         panels[0].fill_between(r["kept"], *zip(*map(interval, those)), alpha=0.2)
         if rows:
             line = rows[:1] + rows[1 + k :: len(r["distance"])]
-            panels[1].plot([100 / row["speedup"] for row in line], [100 * row["rougeL"] for row in line], marker="o", label=way)
+            each = [[100 * v for v in row["each"]["rougeL"]] for row in line]
+            means = [sum(e) / len(e) for e in each]
+            panels[1].errorbar([100 / row["speedup"] for row in line], means, error(means, map(interval, each)), marker="o", capsize=3)
     panels[0].set(xlabel="blocks kept, %", ylabel="cosine distance", title=f"Last hidden state, to the full model's; {task_of(r)}, test")
     if rows:
-        panels[1].set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title="cnn_dm, test")
+        panels[1].set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title=f"cnn_dm, test, n = {len(each[0])}", ylim=(0, None))
     panels[0].legend()
     return figure
 
@@ -267,10 +283,10 @@ def controllers(r):
     asked, methods = list(by(r["rows"], "asked")), list(by(r["rows"], "method"))
     for n, method in enumerate(methods):
         those = [row for row in r["rows"] if row["method"] == method]
-        axes.bar([asked.index(row["asked"]) + 0.8 * n / len(methods) for row in those], [row["nats"] - r["full"] for row in those],
-                 0.8 / len(methods), label=method)
+        axes.bar([asked.index(row["asked"]) + 0.8 * n / len(methods) for row in those], [row["kl"] for row in those], 0.8 / len(methods),
+                 label=method, yerr=kl_error(those), capsize=3)
     axes.set_xticks([i + 0.4 - 0.4 / len(methods) for i in range(len(asked))], [f"{n} blocks skipped" for n in asked])
-    axes.set(ylabel="nats lost", title=f"Skip controllers, {task_of(r)}")
+    axes.set(ylabel="KL to the full model, nats a token", title=f"Skip controllers, {task_of(r)}")
     axes.legend(**BESIDE)
     return figure
 
@@ -278,10 +294,10 @@ def controllers(r):
 def kv(r):
     (figure, [axes]), names = canvas(8, 3.8), list(by(r["rows"], "method"))
     for n, (mode, rows) in enumerate(by(r["rows"], "kv").items()):
-        axes.bar([i + 0.4 * n for i in range(len(rows))], [row["nats"] - r["full"] for row in rows], 0.4,
+        axes.bar([i + 0.4 * n for i in range(len(rows))], [row["kl"] for row in rows], 0.4, yerr=kl_error(rows), capsize=3,
                  label={"fill": "filled, in INT4"}.get(mode, mode))
     axes.set_xticks([i + 0.2 for i in range(len(names))], [name.replace(", ", "\n") for name in names])
-    axes.set(ylabel="nats lost", title=f"Keys and values of skipped tokens, {task_of(r)}")
+    axes.set(ylabel="KL to the full model, nats a token", title=f"Keys and values of skipped tokens, {task_of(r)}")
     axes.legend()
     return figure
 
@@ -308,10 +324,12 @@ def retain(r):
         axes.axis("off")
     for axes, (task, rows) in zip(panels, tasks.items()):
         for method, those in by(rows, "method").items():
-            points = sorted((row["speedup"], 100 * row["retained"]) for row in those if "retained" in row)
-            axes.plot(*zip(*points) if points else ([], []), marker="o", markersize=4, label=method)
+            those = sorted((row for row in those if "retained" in row), key=lambda row: row["speedup"])
+            values = [100 * row["retained"] for row in those]
+            axes.errorbar([row["speedup"] for row in those], values, error(values, [[100 * v for v in row["interval"]] for row in those]) if those else None,
+                          marker="o", markersize=4, capsize=3, elinewidth=0.7, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
-        axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model", ylim=(-5, 200))
+        axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
     return figure
 
@@ -320,8 +338,8 @@ def multitoken(r):
     """Nats by place in the cycle, and what the cycles save."""
     (figure, (left, right)), rows = canvas(11, 4, 2), r["rows"]
     for n, row in enumerate(rows):
-        for key, style in (("before", ":"), ("after", "-")):
-            left.plot(range(1, row["tau"] + 1), row[key], style, marker="o", color=f"C{n}", label=f"tau = {row['tau']}, {key}")
+        for key, style, fill in (("before", ":", "none"), ("after", "-", "full")):
+            left.plot(range(1, row["tau"] + 1), row[key], style, marker="o", fillstyle=fill, color=f"C{n}", label=f"tau = {row['tau']}, {key}")
         right.bar(n - 0.2, row["faster"], 0.4, color="C0", label=None if n else "measured")
         right.bar(n + 0.2, 1 / row["passes"], 0.4, color="C1", label=None if n else "promised by the passes of blocks")
     left.set(xlabel="place in the cycle", ylabel="nats a token, held-out", xticks=range(1, max(row["tau"] for row in rows) + 1))
