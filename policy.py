@@ -231,9 +231,10 @@ def random_states(shape, cost, costs, generator):
 
     shape (L, B, T); first block state 4. A cost below that of INT4 mixes skips with INT4. Returns (L, B, T) uint8.
     """
-    L = shape[0]
+    L, values = shape[0], costs.tolist()
     rest = (cost * L - 4) / (L - 1)
-    values = costs.tolist()
+    if rest < values[1]:  # skips, but not of the last block
+        rest = (cost * L - 4 - values[1]) / (L - 2)
     below = max(k for k in range(3) if k == 0 or values[k] <= rest)
     share = (rest - values[below]) / (values[below + 1] - values[below])
     pick = below + (torch.rand(shape, generator=generator) < share).long()

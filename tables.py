@@ -109,13 +109,13 @@ def frontier(args):
 
     ways = [("full model", None, None), ("all INT8", None, baselines.int8(known, 0)), ("all INT4", None, baselines.int4(known, 0))]
     plans = [baselines.best_static(known, speedup) for speedup in tqdm(speedups, desc="static plans")]
-    # A static plan cannot cost exactly what is asked, and a price set on other text does not either: the policies get prices at which
-    # they cost on this text what the static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
+    # A static plan cannot cost exactly what is asked, and a price set on other text does not either: all others cost on this text what the
+    # static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
     same = [mean_cost(plan.given, costs) for plan in plans]
     priced = [variant(p, model, examples, speedups, same) for p in policies]
-    for speedup, plan, *those in zip(speedups, plans, *priced):
-        ways += [("random states", speedup, baselines.random_mix(known, speedup)), ("best static plan", speedup, plan),
-                 ("by position", speedup, baselines.position_mix(known, speedup))]
+    for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
+        ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),
+                 ("by position", speedup, baselines.position_mix(known, 4 / cost, size))]
         ways += [(p.name, speedup, p) for p in those]
     rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
