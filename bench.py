@@ -70,7 +70,7 @@ def render(pages, results):
         begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
         if not any(begin in text and end in text for text in pages.values()):
             continue
-        if not isinstance(r, dict) or not {"caption", "model", "weights", "device", "torch", "markdown"} <= r.keys():
+        if not {"caption", "model", "weights", "device", "torch", "markdown"} <= r.keys():
             raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
         made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
         pages = {page: text[: text.index(begin) + len(begin)] + made + text[text.index(end) :] if begin in text and end in text else text
@@ -106,7 +106,7 @@ def main():
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (baselines.py)")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
-    p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval: keys and values of skipped tokens; default the method's own")
+    p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval, table: keys and values of skipped tokens; default the method's own")
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")

@@ -280,9 +280,8 @@ def oracle(r):
 
 def controllers(r):
     figure, [axes] = canvas(8, 4)
-    asked, methods = list(by(r["rows"], "asked")), list(by(r["rows"], "method"))
-    for n, method in enumerate(methods):
-        those = [row for row in r["rows"] if row["method"] == method]
+    asked, methods = list(by(r["rows"], "asked")), by(r["rows"], "method")
+    for n, (method, those) in enumerate(methods.items()):
         axes.bar([asked.index(row["asked"]) + 0.8 * n / len(methods) for row in those], [row["kl"] for row in those], 0.8 / len(methods),
                  label=method, yerr=kl_error(those), capsize=3)
     axes.set_xticks([i + 0.4 - 0.4 / len(methods) for i in range(len(asked))], [f"{n} blocks skipped" for n in asked])

@@ -177,11 +177,13 @@ def save_result(path, device, model, seed, **content):
     import platform
     from importlib import metadata
 
-    there = {d.name.replace("_", "-"): d.version for d in metadata.distributions()}
+    versions = {}
+    for name in ("transformers", "llama-cpp-python"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed,
              "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-             "versions": {name: there[name] for name in ("transformers", "llama-cpp-python") if name in there},
-             "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
+             "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
 
 

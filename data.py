@@ -55,11 +55,11 @@ def rows_of(name, split=None, data_dir=None):
         return
     path = Path(data_dir) / name / f"{split}.jsonl" if name in HUB else Path(name)
     for n, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}, line {n}: {e!r}; expected JSON") from None
         if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{path}, line {n}: {e!r}; expected JSON") from None
             yield f"{path}, line {n}", row
 
 

@@ -23,13 +23,12 @@ from data import load_articles, load_examples, load_text, text_examples, windows
 from infer import generate, has_graphs
 from model import load
 from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
-from train import SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile
+from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile
 
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
 METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
 TEXTS = ("lm", "wikitext2", "cnn_dm")  # tasks that are text; the others are multiple choice
-WINDOW = 1024  # tokens of an evaluation window
 TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 24, "mmlu_5shot": 5, "arc_challenge": 20, "arc_easy": 20}  # examples without --full
 PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
           "arc_challenge": "arc_c_acc"}  # what paper.json calls a task
@@ -121,9 +120,9 @@ def ratio(values, a, b):
     return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
-def measured_speedup(model, tokenizer, policy, prompt, tokens=32, pairs=3):
-    """Decoding speed under the policy over that of the full model, batch 1, real kernels: median of alternating pairs."""
-    tokenizer = copy.copy(tokenizer)
+def measured_speedup(model, tokenizer, policy, prompt):
+    """Decoding speed under the policy over that of the full model, batch 1, 32 tokens, real kernels: median of 3 alternating pairs."""
+    tokens, tokenizer = 32, copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
     routed = policy
     if callable(policy):  # what it does along a text, all of it on the tokens that are timed
@@ -132,7 +131,7 @@ def measured_speedup(model, tokenizer, policy, prompt, tokens=32, pairs=3):
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
     speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager)["tokens_per_second"]
-    return ratio(in_rounds(pairs, {"routed": lambda: speed(routed), "full": lambda: speed(None)}), "routed", "full")
+    return ratio(in_rounds(3, {"routed": lambda: speed(routed), "full": lambda: speed(None)}), "routed", "full")
 
 
 ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
@@ -209,12 +208,12 @@ def at_hand(args, task, default, path, needed=True):
     for policy, own, file in zip(policies, called, [path, *args.compare]):
         if policy:
             policy.name = f"{own}, {file}" if called.count(own) > 1 else own
-    if args.file and policies[0] and str(args.file) == str(policies[0].settings.get("data")):
+    if args.file and policies[0] and Path(args.file).resolve() == Path(str(policies[0].settings.get("data"))).resolve():
         print(f"note: {path} was trained on the first four fifths of {args.file}", file=sys.stderr)
     model.quantize(int4=int4)
     known, context = known_of(model, policies[0], args.seed), model.config.block_size
     known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
-    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(WINDOW, context)
+    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(LONG, context)
     return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
 
 

@@ -130,9 +130,9 @@ def requests(passages, seed):
 @torch.no_grad()
 def depth(args):
     task = one_text(args)
-    model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
     if task not in TEXTS:
         raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
+    model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
     text = load_text(*source(args, task, "test"), False)
     passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
     asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
@@ -200,8 +200,9 @@ def laco(model, samples, n):
 @torch.no_grad()
 def retain(args):
     tasks = [args.task] if args.task else folders(args, [t for t in TASKS if t != "mmlu_5shot"])
-    for task in tasks:  # something is missing: say so before an hour's work
-        rouge() if task == "cnn_dm" else None
+    if "cnn_dm" in tasks:
+        rouge()  # not installed, or below a file that is missing: say so before an hour's work
+    for task in tasks:
         load_text(*source(args, task, "train")), load_text(*source(args, task, "test"), task not in TEXTS)
     rows, short, n_of = [], {}, {}
     for task in tasks:
@@ -210,18 +211,17 @@ def retain(args):
         L, there = known.L, gates(args, model, "flexidepth", "mindskip")
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
-        examples = examples if task == "cnn_dm" else pieces(examples)
-        if policy:
-            # as in `frontier`, at the price that meets the cost on this text; summaries keep to it while they are generated
-            dash = dict(zip(asked, variant(policy, model, examples, [L / (L - n) for n in asked])))
-        examples, metric = some_articles(args, 2) if task == "cnn_dm" else examples, metric_of(task)
+        texts, metric = examples if task == "cnn_dm" else pieces(examples), metric_of(task)
+        # as in `frontier`, at the price that meets the cost on this text; summaries keep to it while they are generated
+        priced = variant(policy, model, texts, [L / (L - n) for n in asked]) if policy else [None] * len(asked)
+        examples = some_articles(args, 2) if task == "cnn_dm" else texts
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
         ways = [("full model", 0, None)]  # method, blocks, policy
-        for n in asked:
+        for n, dash in zip(asked, priced):
             ways += [("LayerSkip, early exit", n, baselines.early_exit(known, L / (L - n))),
                      ("ShortGPT", n, baselines.static_skip(known, L / (L - n)))]
             ways += [({"flexidepth": "FlexiDepth", "mindskip": "MindSkip"}[r.kind], n, r) for r in there if r.settings["skip"] == n]
-            ways += [("DASH", n, dash[n])] if policy else []
+            ways += [("DASH", n, dash)] if dash else []
         found = [(method, n, r) for (method, n, _), r in zip(ways, measure(model, [p for *_, p in ways]))]
         for n in asked:
             if n not in short:

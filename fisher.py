@@ -122,7 +122,7 @@ def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
 
         def watch(i, x):
             if i in plans:
-                part[f"input.{i}"] = scorer.features(x, 0)[keep].detach().bfloat16()
+                part[f"input.{i}"] = scorer.features(x, 0)[keep].bfloat16()
 
         generator = torch.Generator().manual_seed(seed * 1000003 + n)
         part["labels"] = fisher_labels(model, examples[n], scale, 1, generator, watch)
@@ -140,7 +140,7 @@ def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
 # A scorer that predicts them
 
 
-def fit(scorer, labels, inputs, horizon, seed, epochs=8, batch=64, lr=1e-3):
+def fit(scorer, labels, inputs, horizon, seed, epochs=8):
     """Fit log damage to labels (N, L - 1, 3) from inputs {block: (N, d + 2)}: the loss r + y exp(-r) is least where exp(r) is E[y].
 
     y: label over its block's mean, cut at 50; r: predicted log damage minus the block's log mean; weighted by the root of
@@ -153,6 +153,7 @@ def fit(scorer, labels, inputs, horizon, seed, epochs=8, batch=64, lr=1e-3):
     weight[-1, 0] = 0.0  # the last block is never skipped
     with torch.no_grad():
         scorer.bias[1:, :, :3] = mean.log()[:, None]
+    batch, lr = 64, 1e-3
     optimizer = torch.optim.AdamW(scorer.parameters(), lr)
     generator, steps = torch.Generator().manual_seed(seed), epochs * (N // batch or 1)
     torch.manual_seed(seed)  # dropout

@@ -22,7 +22,7 @@ import torch
 
 from common import Parser, command_line, pick_device
 from model import Block, KVCache, load
-from policy import INDEX_OF, STATE_OF, ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares
+from policy import STATE_OF, ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
 from quant import CHOSEN
 
 
@@ -73,7 +73,7 @@ class Engine:
     on the main stream, before block i.
 
     Graphs of the main stream run one after the other and leave nothing in their pool, so they share one, in any order of replay.
-    The scorer's run beside them: another pool. A graph is captured on the stream that it is for, since cuBLAS keeps a workspace for
+    The scorer's run beside them: another pool. A graph is captured on the stream that it is for (the scorer's on the side, with `sync` too), since cuBLAS keeps a workspace for
     each stream. On the CPU, streams and events do nothing, and functions are called where a GPU replays their graphs.
     """
 
@@ -173,7 +173,7 @@ class Engine:
         self.policy, self.length, self.sync, self.begun, self.asked, self.price = policy, length, sync, False, None, None
         self.wait()
         self.position.fill_(length - 1)
-        self.given, self.routed = policy.given.cpu() if isinstance(policy, Fixed) else None, isinstance(policy, Policy)
+        self.routed = isinstance(policy, Policy)
         if self.routed:
             self.costs.copy_(policy.costs)
             self.spent = dict(zip(STATE_OF, policy.costs.tolist()))
@@ -184,11 +184,7 @@ class Engine:
         """The states that are known before the token at position t runs: a list, all L or the first alone."""
         if self.policy is None:
             return [4] * self.L
-        if self.routed:
-            return [4]
-        if isinstance(self.policy, ByPosition):
-            return self.policy.at_positions(torch.tensor([t]))[:, 0].tolist()
-        return (self.given if self.given.dim() == 1 else self.given[:, 0, t]).tolist()
+        return [4] if self.routed else self.policy.window(t, 1)[:, 0, 0].tolist()
 
     def begin(self):
         """Launch the first steps of the token in `token`, which may be known to the device alone."""
@@ -233,10 +229,7 @@ class Engine:
     def take(self):
         """Wait for the scorer's answer and follow the path through it."""
         self.answered.synchronize()
-        s = INDEX_OF[self.path[-1]]
-        for row in self.host_best[self.asked[0] : self.asked[-1] + 1].tolist():
-            s = row[s]
-            self.path.append(STATE_OF[s])
+        self.path += walk(self.host_best[self.asked[0] : self.asked[-1] + 1].tolist(), self.path[-1])
         self.asked = None
         if len(self.path) == self.L and self.policy.tracked:
             self.policy.follow(sum(self.spent[s] for s in self.path) / self.L)
@@ -293,10 +286,10 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     `LLM.forward` takes, or None for the full model.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
-    run, the prompt first, "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
+    run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
     the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
     its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
-    ValueError for an empty prompt or one that leaves no room in the context.
+    ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
     room = model.config.block_size - len(ids)

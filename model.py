@@ -257,7 +257,7 @@ class LLM(nn.Module):
 
     def round_head(self):
         """Give `logits` its INT8 head."""
-        self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
+        self.head_int8, self.engine = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype), None  # its graph has the old head
 
     def codes_file(self, name):
         """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
@@ -283,13 +283,17 @@ class LLM(nn.Module):
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
         state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
-        their own, then says which. ValueError beyond the context.
+        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth.
         """
         B, T = tokens.shape
-        start = cache.length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens are more than this model's context of {self.config.block_size}")
+        start, context = cache.length if cache else 0, self.config.block_size
+        if start + T > context:
+            raise ValueError(f"{start + T} tokens are more than this model's context of {context}")
+        if cache and start + T > cache.k.shape[2]:
+            raise ValueError(f"{start + T} tokens are more than this cache has room for, {cache.k.shape[2]}")
         if policy is not None:
+            if len(policy.scale) not in (len(self.blocks), 2 * len(self.blocks)):
+                raise ValueError(f"this policy decides {len(policy.scale)} blocks or halves, and this model has {len(self.blocks)} blocks")
             if not self.quantized:
                 self.quantize(int4=policy.int4)
             if policy.int4 not in (None, self.int4):

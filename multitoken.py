@@ -77,7 +77,8 @@ def decode(model, ids, tau, n, late):
     """Greedy cyclical decoding with a cache: n tokens after ids, a list; no token ends it.
 
     Returns a dict: "tokens"; "logits" (n, vocab) fp32; "tokens_per_second", "passes" (times that a block was passed, a token) and
-    "token_blocks" (blocks that a token ran in, refilling included), the three after the first token. ValueError for no ids or too many.
+    "token_blocks" (blocks that a token ran in, refilling included), the three after the first token. ValueError for no ids or too many,
+    and for tau or late out of range.
     """
     P, L = len(ids), len(model.blocks)
     if tau < 1 or not 1 <= late < L:
@@ -165,6 +166,7 @@ def multitoken(args):
     late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
     made = lambda tau: decode(model, prompt, tau, NEW, late)
+    made(1)  # too short a context, or too few blocks: say so before any training
     for tau in TAUS:
         before = nats_by_place(model, test, tau, late, max(TAUS))
         checkpoint = Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)

@@ -178,10 +178,11 @@ def allocate(args, task):
     plans = family(known, model, 1 if args.full else max(1, (known.L - 2) // 7))
     P, shares = len(plans), torch.tensor([(p > 0).float().mean() for p in plans])
     asked = [s for s in ASKED if policy and policy.prices[0][0] <= s <= policy.prices[-1][0]]
-    policies = [*(Fixed(p, kv="none") for p in plans), baselines.int8(known, 0)]
-    policies += [make_policy("dash", s, known, model, policy, path) for s in asked]
+    others = {"all INT8": baselines.int8(known, 0)}
+    others |= {f"policy, {s:g}x asked": make_policy("dash", s, known, model, policy, path) for s in asked}
     if policy:  # the paths know two states, so also: what it does with these alone
-        policies += variant(policy, model, examples, SKIPPING, allowed=(0, 4))
+        others |= zip((f"policy, states 0 and 4, {s:g}x" for s in SKIPPING), variant(policy, model, examples, SKIPPING, allowed=(0, 4)))
+    policies = [*(Fixed(p, kv="none") for p in plans), *others.values()]
     if task == "cnn_dm":
         sequences, what, unit, form = some_articles(args, 2), "Rouge-L of a sampled summary, %", 100, "+.1f"
         evidence = lambda article: rouges(model, tokenizer, article, policies, P, generator)
@@ -199,9 +200,7 @@ def allocate(args, task):
     if text:
         rows += [(f"chosen by one half, scored on {where}", shares[by_half].mean(1), gain(those, by_half).mean(1))
                  for where, those in (("it", halves), ("the other", halves.flip(-1)))]
-    rows += [("the nearest path for all", cost[near], change[near]), ("all INT8", cost[P], change[P])]
-    names = [f"policy, {s:g}x asked" for s in asked] + [f"policy, states 0 and 4, {s:g}x" for s in SKIPPING if policy]
-    rows += zip(names, cost[P + 1 :], change[P + 1 :])
+    rows += [("the nearest path for all", cost[near], change[near]), *zip(others, cost[P:], change[P:])]
     cells = [[name, spread(c, None, 100, ".1f"), spread(d, None, 1, form)] for name, c, d in rows]
     split = P + 1 + len(asked)
     best = {name: saved(cost[those], change[those]) if len(cost[those]) else None for name, those in
@@ -216,5 +215,5 @@ def allocate(args, task):
                "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
     publish(args, f"oracle-{task}", model, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
             n=len(sequences), skipping=len(cost[split:]), blocks=1 - gap, luck=luck.mean().item(), saved=best,
-            policy=path if asked else None, paths=[p.tolist() for p in plans],
+            policy=path if policy else None, paths=[p.tolist() for p in plans],
             picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())

@@ -199,6 +199,15 @@ def plan(i, n_layer, horizon):
     return range(max(1, first), min(first + count, n_layer))
 
 
+def walk(best, state):
+    """Follow a path from a state: best, for each block the best s' for every s (indices) -> the states, a list."""
+    s, path = INDEX_OF[state], []
+    for row in best:
+        s = row[s]
+        path.append(STATE_OF[s])
+    return path
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Policies: what `LLM.forward` takes
 
@@ -217,13 +226,18 @@ class Fixed:
     """
 
     def __init__(self, states, scale=None, kv="fill"):
-        self.given, self.int4, self.kv = torch.as_tensor(states, dtype=torch.uint8), None, kv
+        self.given, self.int4, self.kv = torch.as_tensor(states, dtype=torch.uint8).cpu(), None, kv
+        if not torch.isin(self.given.long(), STATES).all():
+            raise ValueError("states are 0, 1, 2 and 4")
         self.scale = [1.0] * len(self.given) if scale is None else scale
         self.states = None
 
+    def window(self, start, T):
+        """States of T positions from `start` on: (L, B, T), or (L, 1, 1) or (L, 1, T) where all tokens or sequences are alike."""
+        return self.given[..., start : start + T] if self.given.dim() == 3 else self.given[:, None, None]
+
     def decide(self, i, x, start):
-        given = self.given[i].to(x.device)
-        self.states[i] = given[:, start : start + x.shape[1]] if given.dim() else given
+        self.states[i] = self.window(start, x.shape[1])[i].to(x.device)
 
 
 def random_states(shape, cost, costs, generator):
@@ -276,7 +290,7 @@ POSITIONS = 11  # buckets of positions: t = 0, 1, 2-3, 4-7, ..., 512 and beyond
 
 def bucket(t):
     """Positions t, an int64 tensor of any shape -> their bucket 0..POSITIONS - 1, the number of binary digits of t."""
-    return sum((t >= 2**k).long() for k in range(POSITIONS - 1))
+    return torch.bucketize(t, 2 ** torch.arange(POSITIONS - 1, device=t.device), right=True)
 
 
 class ByPosition(Fixed):
@@ -287,12 +301,8 @@ class ByPosition(Fixed):
         damage[:, 0, :3], damage[:, -1, 0] = math.inf, math.inf
         super().__init__(STATES[(damage + mu * costs.cpu()).argmin(-1)].T, scale)  # (L, POSITIONS)
 
-    def at_positions(self, t):
-        """Positions (T,) -> states (L, T)."""
-        return self.given[:, bucket(t)]
-
-    def decide(self, i, x, start):
-        self.states[i] = self.at_positions(torch.arange(start, start + x.shape[1]))[i].to(x.device)
+    def window(self, start, T):
+        return self.given[:, None, bucket(torch.arange(start, start + T))]
 
 
 class Policy:
@@ -370,7 +380,8 @@ class Policy:
         table = self.scorer(self.scorer.features(x, start), blocks)
         self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, self.states[blocks[0] - 1])
         if self.tracked and x.shape[1] == 1 and start and blocks[-1] == len(self.scale) - 1:
-            self.follow(mean_cost(self.states, self.costs))
+            spent, ran = dict(zip(STATE_OF, self.costs.tolist())), self.states.flatten().tolist()
+            self.follow(sum(spent[s] for s in ran) / len(ran))  # `mean_cost`, in Python numbers: one token has to be quick
 
     def choose(self, table, before):
         """The states of consecutive blocks: priced and chosen for every s at once (Eq 18; Eq 11 if tau is set), then looked up.
@@ -380,11 +391,7 @@ class Policy:
         q = self.priced(table)
         best = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)  # (B, T, g, 4)
         if before.numel() == 1:  # decoding: the look-ups cost less as Python numbers than as tensor operations
-            s, chosen = INDEX_OF[int(before)], []
-            for row in best[0, 0].tolist():
-                s = row[s]
-                chosen.append(STATE_OF[s])
-            return torch.tensor(chosen, dtype=torch.uint8, device=table.device).view(-1, 1, 1)
+            return torch.tensor(walk(best[0, 0].tolist(), int(before)), dtype=torch.uint8, device=table.device).view(-1, 1, 1)
         s, chosen = INDEX.to(table.device)[before.long()], []
         for n in range(table.shape[2]):
             s = best[:, :, n].gather(2, s[..., None])[..., 0]
@@ -421,7 +428,7 @@ class Policy:
             if sorted(s for s, _ in policy.prices) != [s for s, _ in policy.prices]:
                 raise ValueError("prices out of order")
             if not all(t.isfinite().all() for t in tensors.values()) or not (scorer.std > 0).all():
-                raise ValueError("a tensor has values that are not finite")
+                raise ValueError("a tensor has values that are not finite, or a deviation that is not positive")
         return policy
 
 
@@ -429,9 +436,9 @@ class Policy:
 # Rewards and losses, Eq 11-17
 
 
-def temperature(step, steps, tau0=1.0, tau_min=0.1):
-    """tau at a step of training, decaying geometrically from tau0 to tau_min (Eq 11)."""
-    return tau0 * (tau_min / tau0) ** (step / max(1, steps - 1))
+def temperature(step, steps):
+    """tau at a step of training, decaying geometrically from 1 to 0.1 (Eq 11)."""
+    return 0.1 ** (step / max(1, steps - 1))
 
 
 def sample(q, tau, generator=None):

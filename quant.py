@@ -16,8 +16,9 @@ Three things are kept apart on purpose:
                with a straight-through gradient.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
-               `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement; every
-               other case takes the path named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
+               `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement. For many
+               rows INT8 multiplies by the codes and scales the output; every other case takes the path named "reference":
+               dequantise, then multiply. `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -93,18 +94,16 @@ def clipped_range(w, importance):
 
     w (N, group), importance (group,) the Hessian's diagonal -> scale, zero (N,) fp32 holding bf16 values (ours).
     """
-    low, high, best = w.amin(1), w.amax(1), None
+    low, high = w.amin(1), w.amax(1)
+    best = [torch.full_like(low, float("inf")), low, low]  # error, scale, zero
     for a in CLIPS:
         for b in CLIPS:
             scale = _bf16((b * high - a * low) / 15).clamp(min=1e-20)
             zero = _bf16(a * low + 8 * scale)
             rounded = ((w - zero[:, None]) / scale[:, None]).round_().clamp_(-8, 7).mul_(scale[:, None]).add_(zero[:, None])
             error = rounded.sub_(w).square_() @ importance
-            if best is None:
-                best = [error, scale, zero]
-            else:
-                better = error < best[0]
-                best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
+            better = error < best[0]
+            best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
     return best[1:]
 
 

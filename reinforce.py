@@ -30,20 +30,19 @@ class Rollout(Policy):
     """A policy that samples (Eq 11) and keeps what the scorer saw, so that log pi can be computed with a gradient."""
 
     def decide(self, i, x, start):
+        if i == 0:
+            self.seen = {}  # {block that decides: features} of this call
         if plan(i, len(self.scale), self.horizon):
             self.seen[i] = self.scorer.features(x, start)
         super().decide(i, x, start)
 
     def log_pi(self):
         """log pi(s_i) of every decision of the last call, blocks 2..L: (L - 1, B, T), differentiable."""
-        index, out = INDEX.to(self.states.device)[self.states.long()], []
-        for i, features in self.seen.items():
-            blocks = plan(i, len(self.scale), self.horizon)
-            logp = (self.priced(self.scorer(features, blocks)) / self.tau).log_softmax(-1)
-            before, chosen = (index[blocks[0] - k : blocks[-1] + 1 - k].permute(1, 2, 0)[..., None] for k in (1, 0))
-            logp = logp.gather(3, before[..., None].expand(-1, -1, -1, 1, 4))[..., 0, :]  # (B, T, g, 4): the row of s
-            out.append(logp.gather(3, chosen)[..., 0].permute(2, 0, 1))
-        return torch.cat(out)
+        index, L = INDEX.to(self.states.device)[self.states.long()], len(self.scale)
+        q = torch.cat([self.priced(self.scorer(features, plan(i, L, self.horizon))) for i, features in self.seen.items()], 2)
+        logp = (q / self.tau).log_softmax(-1).flatten(-2)  # (B, T, L - 1, 16): s, then s'
+        chosen = (4 * index[:-1] + index[1:]).permute(1, 2, 0)[..., None]
+        return logp.gather(3, chosen)[..., 0].permute(2, 0, 1)
 
 
 def leave_one_out(G):
@@ -86,7 +85,6 @@ def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cos
         policy.tau, losses, gained, costs = unit * temperature(step, steps), [], [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
-            policy.seen = {}
             r_acc, states, of_tokens = reward_of(model, examples[n], policy)
             costed = STATES if policy.settings["cost"] == "bits" else policy.costs
             G = returns(rewards(states, r_acc, beta, costed, policy.settings["weights"]))[1:]

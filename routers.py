@@ -157,7 +157,6 @@ def load(path):
         with torch.device("meta"):
             policy = Router(kind, *size, meta["fingerprint"], meta["settings"])
         policy.gates.load_state_dict({k: t.float() for k, t in tensors.items()}, assign=True)
-        policy.gates.requires_grad_(False)
         policy.threshold = float(meta["threshold"])
         if not all(type(policy.settings[key]) is wanted for key, wanted in (("skip", int), ("steps", int), ("data", str))):
             raise ValueError("settings of the wrong kind")
@@ -180,9 +179,8 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
-    flexidepth, rates = policy.kind == "flexidepth", []
-    for p in parameters.values():
-        rates.append(LR_BIAS if p.numel() == 1 else LR_FLEXI if flexidepth else LR)
+    flexidepth = policy.kind == "flexidepth"
+    rates = [LR_BIAS if p.numel() == 1 else LR_FLEXI if flexidepth else LR for p in parameters.values()]
     optimizer = torch.optim.Adam([{"params": [p]} for p in parameters.values()])
     policy.threshold = checkpoint.meta.get("threshold", 0.0)
     for step, bar in checkpoint.steps("gates", steps, 10, parameters, optimizer, generator, lambda: {"threshold": policy.threshold}):
@@ -205,15 +203,13 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")
     policy.gates.requires_grad_(False)
     policy.generator = None
-    for gate in policy.gates:
-        gate.gain = None
 
 
 @torch.no_grad()
-def calibrate(policy, model, examples, skip, rounds=4):
+def calibrate(policy, model, examples, skip):
     """Set the threshold at which `skip` gates a token are closed on examples. What earlier gates close changes what later ones see, so
     the threshold is found in rounds: each goes halfway to the right one for the logits that the round before it gave rise to."""
-    for n in range(rounds):
+    for n in range(4):
         logits = []
         for example in tqdm(examples, desc="threshold", leave=False):
             model.hidden(example.rows, policy)

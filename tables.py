@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 import baselines
 from baselines import bootstrap, compare, interval, public, sensitivities, spread
+from charts import by
 from common import format_table, read_json
 from data import load_examples, load_text, text_examples, windows
-from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, WINDOW, at_hand, folders, one_text, policy_path, publish, rank, rouge,
+from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, rouge,
                       source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
 from quant import fake_quantize
-from train import profile
+from train import LONG, profile
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -54,12 +55,12 @@ def table_cells(rows, metric):
         return f"{value} [{low}, {high}] ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
 
     cells = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        line = {r["target"]: cell(r) for r in rows if r["method"] == method}
+    for method, those in by(rows, "method").items():
+        line = {r["target"]: cell(r) for r in those}
         if 1.0 in line:  # asked for no speedup
-            own = next(r["speedup"] for r in rows if r["method"] == method)
+            own = those[0]["speedup"]
             place = max((s for s in speedups if s <= own), default=speedups[0])
-            line = {s: "can't reach" if s > own else "" for s in speedups} | {place: line[1.0]} if own > 1 else {place: line[1.0]}
+            line = {s: "can't reach" if s > own > 1 else "" for s in speedups} | {place: line[1.0]}
         cells.append([method, *(line.get(s, "") for s in speedups)])
     return ["", *(f"{s:g}x" for s in speedups)], cells
 
@@ -89,9 +90,9 @@ def frontier(args):
     if task not in TEXTS:
         raise ValueError(f"frontier --task {task}: it measures text; give {', '.join(TEXTS)}")
     model, tokenizer, policies, known, examples = at_hand(args, task, 8, policy_path(args, task))
-    policy, device, size = policies[0], known.samples.device, min(WINDOW, model.config.block_size)
+    policy, device, size = policies[0], known.samples.device, min(LONG, model.config.block_size)
     if known.position_damage is None:
-        raise ValueError(f"{args.policy} has no label means; train it with train.py --objective fisher")
+        raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")
     if any(p.settings.get("cost") == "latency" for p in policies):
         raise ValueError("frontier compares at equal cost in bits; train its policies without --cost latency")
     if examples[0].rows.shape[1] <= READ:
@@ -123,7 +124,7 @@ def frontier(args):
     header, cells = frontier_cells(rows, speedups)
     met = lambda k, way: f"{k[way]:.3f}x, {100 * (k[way] / k['asked'] - 1):+.1f}%"
     markdown = "\n\n".join([format_table(header, cells), format_table(
-        ["decoding 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
+        ["decoding up to 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
         [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])])
     caption = (f"{task}, test, {tokens} tokens in windows of {size}, trained on {policy.settings['data']}"
                f"{' (labels of up to %d x 1,024 tokens)' % policy.settings['samples'] if 'samples' in policy.settings else ''}. Full model {rows[0]['nats']:.4f} nats. "
@@ -137,7 +138,7 @@ def frontier_cells(rows, speedups):
     """A row a method, a column a speedup; under them what each policy keeps of what the best static plan loses at the same cost."""
     full = rows[0]
     cell = lambda r: (f"{spread(r['each']['nats'], full['each']['nats'], form='+.4f')}, {spread(r['each']['kl'])} ({r['speedup']:.2f}x)")
-    of = {m: [r for r in rows if r["method"] == m] for m in dict.fromkeys(r["method"] for r in rows[3:])}
+    of = by(rows[3:], "method")
     cells = [[m, *map(cell, those)] for m, those in of.items()]
     lost = lambda r, key: [v - (f if key == "nats" else 0) for v, f in zip(r["each"][key], full["each"]["nats"])]
     for m in list(of)[3:]:
@@ -154,11 +155,11 @@ def frontier_cells(rows, speedups):
 
 
 @torch.inference_mode()
-def budget(args, policy, task, speedups, tokens=512):
-    """Speedup in bits of `tokens` decoded tokens of test text, one by one, with the price fixed and with the price tracking."""
+def budget(args, policy, task, speedups):
+    """Speedup in bits of 512 decoded tokens of test text, or as many as the context has room for, one by one, with the price fixed and with the price tracking."""
     model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16, routed=True)
     model.quantize(real=True, int4=policy.int4)
-    size = min(tokens + READ, model.config.block_size)
+    size = min(512 + READ, model.config.block_size)
     out = []
     name, split, folder = source(args, task, "test")
     for n, example in enumerate(load_examples(name, split, tokenizer, 3, size, folder, policy.costs.device, spread=True, choice=False)):

@@ -43,19 +43,19 @@ def merge(symbols, ranks):
     """BPE: join the adjacent pair of lowest rank, the leftmost first, until no pair has one. symbols: list of text, ranks: pair -> int."""
     n, parts = len(symbols), list(symbols)
     before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-    queue = [(ranks[pair], i, pair[0] + pair[1]) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+    queue = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
     heapq.heapify(queue)
     while queue:
-        _, i, joined = heapq.heappop(queue)
+        rank, i = heapq.heappop(queue)
         j = after[i]
-        if parts[i] is None or j == n or parts[i] + parts[j] != joined or (parts[i], parts[j]) not in ranks:
+        if j == n or ranks.get((parts[i], parts[j])) != rank:
             continue  # one of the two was joined to something else meanwhile
-        parts[i], parts[j], after[i] = joined, None, after[j]
+        parts[i], parts[j], after[i] = parts[i] + parts[j], None, after[j]
         if after[i] < n:
             before[after[i]] = i
         for left, right in ((before[i], i), (i, after[i])):
             if left >= 0 and right < n and (parts[left], parts[right]) in ranks:
-                heapq.heappush(queue, (ranks[parts[left], parts[right]], left, parts[left] + parts[right]))
+                heapq.heappush(queue, (ranks[parts[left], parts[right]], left))
     return [part for part in parts if part is not None]
 
 
@@ -89,6 +89,7 @@ class Tokenizer:
         if not all(type(i) is int and i >= 0 for i in self.texts) or not {*template[0], *template[1]} <= self.texts.keys():
             raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
         self.vocab_size = max(self.texts) + 1
+        self.eos_text = self.texts[self.eos[0]].decode() if self.eos else ""  # for templates: whoever wants no end empties `eos`
         others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
         joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
         self.bpe = None
@@ -172,10 +173,9 @@ class Tokenizer:
 
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-        eos = self.texts[self.eos[0]].decode() if self.eos else ""
         try:
             text = env.from_string(self.chat_template).render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token=self.bos, eos_token=eos)
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos_text)
         except Exception as e:  # a template may fail in any way
             raise ValueError(f"the chat template of this model failed: {e}") from None
         return self.encode(text, allowed_special="all")
@@ -268,7 +268,7 @@ def tokenizer_from_json(folder):
         normalize = normalizer_of(normal, where)
         normalize("a b", True)  # a step that lacks something: say so now
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
-        eos = [special[text(extra[k])] for k in ("eos_token",) if text(extra.get(k)) in special]
+        eos = [i for t, i in (added | special).items() if t == text(extra.get("eos_token"))]
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
         if isinstance(template, list):  # several, by name

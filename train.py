@@ -188,7 +188,7 @@ def report(out, names, rows, states, test, args, device, model, settings, how, w
     print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
-def train_routers(args, device, text, model, tokenizer, read):
+def train_routers(args, device, text, model, tokenizer, read, some):
     """--objective flexidepth and the like: the gates of routers.py, at --skip skipped blocks a token."""
     c = model.config
     if c.n_layer < 4:
@@ -208,7 +208,7 @@ def train_routers(args, device, text, model, tokenizer, read):
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     with checkpoint.log(out / "train.jsonl") as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
-    routers.calibrate(policy, model, up_to(2 * LONG, read("train", 10**6 if is_choice(args.data) else 2, LONG)), args.skip)  # late tokens skip more
+    routers.calibrate(policy, model, some(2), args.skip)  # late tokens skip more
     policy.save(out / "router.safetensors")
 
     names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
@@ -231,8 +231,9 @@ def main():
     choice = is_choice(args.data)
     read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
                                                 device, spread=True)
+    some = lambda n: up_to(n * LONG, read("train", 10**6 if choice else n, LONG))  # n windows, or items of as many tokens
     if args.objective in routers.KINDS:
-        train_routers(args, device, text, model, tokenizer, read)
+        train_routers(args, device, text, model, tokenizer, read, some)
         return
     horizon = L if args.horizon is None else min(args.horizon, L)
     if start and (start.horizon != horizon or start.settings.get("cost") != args.cost):
@@ -249,11 +250,8 @@ def main():
     # What each step reads: samples for a_i, pool for INT4, examples to learn from, few for sensitivities, priced for prices; test is held out
     samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
     pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
-    if args.objective == "fisher":
-        examples = up_to(args.samples * LONG, read("train", 10**6 if choice else args.samples, LONG))
-    else:
-        examples = read("train", 10**6, WINDOW)[:: 1 if choice else 8][:POOL]
-    priced = up_to(8 * LONG, read("train", 10**6 if choice else 8, LONG)) if choice else read("train", 8, LONG)
+    examples = some(args.samples) if args.objective == "fisher" else read("train", 10**6, WINDOW)[:: 1 if choice else 8][:POOL]
+    priced = some(8)
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
     test = read("test", 200 if choice else 4, LONG)
     out = lock_folder(args.out)
@@ -295,10 +293,11 @@ def main():
         calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
     policy.save(out / "policy.safetensors")
 
-    # what DASH spent on the window at hand, which it ran just before them, is what the others may spend
-    spent, generator = lambda: mean_cost(policy.states, costs), torch.Generator().manual_seed(args.seed)
-    static = lambda rows: Fixed(static_plan(damage, costs, spent())[1], scale)
-    equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(), costs, generator), scale)
+    # what DASH spent on the example at hand, which it ran just before them, padding left out, is what the others may spend
+    spent, generator = lambda rows: mean_cost(policy.states[:, kept[id(rows)]], costs), torch.Generator().manual_seed(args.seed)
+    kept = {id(e.rows): e.keep() for e in test}
+    static = lambda rows: Fixed(static_plan(damage, costs, spent(rows))[1], scale)
+    equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
     rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before

@@ -271,7 +271,8 @@ def fetch_smollm2():
 
 
 def read_gguf(path):
-    """A LLaMA GGUF file -> Config, tensors under transformers' names (fp32), Tokenizer. ValueError when it is damaged or another kind."""
+    """A GGUF file like SmolLM2's (a LLaMA whose tokenizer splits digits) -> Config, tensors under transformers' names (fp32), Tokenizer.
+    ValueError when it is damaged or another kind."""
     try:
         return parse_gguf(path)
     except (OSError, MemoryError):

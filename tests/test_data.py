@@ -79,7 +79,7 @@ def test_fisher_label_of_an_item_is_the_kl_of_its_answer(tiny):
 def test_reward_of_an_item_is_plus_or_minus_one(tiny):
     model, tokenizer = load(str(tiny))
     policy = random_policy(model, 0)
-    policy.__class__, policy.seen, policy.tau, policy.generator = reinforce.Rollout, {}, 1.0, torch.Generator().manual_seed(0)
+    policy.__class__, policy.tau, policy.generator = reinforce.Rollout, 1.0, torch.Generator().manual_seed(0)
     for example in item_examples(tokenizer, ITEMS, 512, "cpu"):
         r_acc, states, of_tokens = reinforce.reward_of(model, example, policy)
         N = sum(example.lengths)

@@ -225,7 +225,7 @@ def test_buckets_and_a_plan_by_position():
     damage[..., :3] = torch.tensor([9.0, 2.0, 0.5])
     damage[0, 1, 1] = 0.1  # at t = 0 the second block bears INT4
     plan = P.ByPosition(damage, COSTS, 1.0)
-    assert plan.at_positions(torch.tensor([0, 1, 700])).tolist() == [[4, 4, 4], [1, 2, 2], [2, 2, 2]]
+    assert plan.window(0, 701)[:, 0, [0, 1, 700]].tolist() == [[4, 4, 4], [1, 2, 2], [2, 2, 2]]
 
 
 def test_greedy_path_and_static_candidates():

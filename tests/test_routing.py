@@ -96,6 +96,25 @@ def test_all_fours_is_the_model_itself(tiny):
 
 
 @torch.no_grad()
+def test_what_has_no_room_or_does_not_fit_is_refused(tiny):
+    """Both ran before without a word: a token beyond its cache, which attended to all but itself, and a policy of another depth."""
+    model, _ = load(str(tiny))
+    tokens = torch.randint(0, 300, (1, 7))
+    full = KVCache(model, 1, 5)
+    model(tokens[:, :5], cache=full)
+    for n in (1, 2):
+        with pytest.raises(ValueError, match="this cache"):
+            model(tokens[:, 5 : 5 + n], cache=full)
+    with pytest.raises(ValueError, match="this model's context"):
+        model(torch.zeros(1, model.config.block_size + 1, dtype=torch.int64))
+    for depth in (3, 5, 7):
+        with pytest.raises(ValueError, match=f"{depth} blocks or halves"):
+            model(tokens, Fixed([4] * depth))
+    with pytest.raises(ValueError, match="states are"):
+        Fixed([4, 3, 4, 4])
+
+
+@torch.no_grad()
 def test_decision_reads_only_the_block_before(tiny):
     """Eq 19-20: the state of block i + 1 is a function of the input of block i; what block i does cannot change it."""
     model, _ = load(str(tiny))
