@@ -324,9 +324,9 @@ def retain(r):
     for axes, (task, rows) in zip(panels, tasks.items()):
         for method, those in by(rows, "method").items():
             those = sorted((row for row in those if "retained" in row), key=lambda row: row["speedup"])
-            values = [100 * row["retained"] for row in those]
-            axes.errorbar([row["speedup"] for row in those], values, error(values, [[100 * v for v in row["interval"]] for row in those]) if those else None,
-                          marker="o", markersize=4, capsize=3, elinewidth=0.7, label=method)
+            values, spans = [100 * row["retained"] for row in those], [[100 * v for v in row["interval"]] for row in those]
+            axes.errorbar([row["speedup"] for row in those], values, error(values, spans) if those else None, marker="o", markersize=4, capsize=3,
+                          elinewidth=0.7, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
         axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")

@@ -73,8 +73,8 @@ class Engine:
     on the main stream, before block i.
 
     Graphs of the main stream run one after the other and leave nothing in their pool, so they share one, in any order of replay.
-    The scorer's run beside them: another pool. A graph is captured on the stream that it is for (the scorer's on the side, with `sync` too), since cuBLAS keeps a workspace for
-    each stream. On the CPU, streams and events do nothing, and functions are called where a GPU replays their graphs.
+    The scorer's run beside them: another pool. A graph is captured on the stream that it is for (the scorer's on the side, with `sync`
+    too), since cuBLAS keeps a workspace for each stream. On the CPU, streams and events do nothing, and functions are called where a GPU replays their graphs.
     """
 
     def __init__(self, model, size):
@@ -286,8 +286,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     `LLM.forward` takes, or None for the full model.
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
-    run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and "step_s" (seconds of
-    the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
+    run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
+    "step_s" (seconds of the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
     its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
     ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
     """

@@ -248,7 +248,7 @@ def random_states(shape, cost, costs, generator):
     L, values = shape[0], costs.tolist()
     rest = (cost * L - 4) / (L - 1)
     if rest < values[1]:  # skips, but not of the last block
-        rest = (cost * L - 4 - values[1]) / (L - 2)
+        rest = (cost * L - 4 - values[1]) / max(L - 2, 1)
     below = max(k for k in range(3) if k == 0 or values[k] <= rest)
     share = (rest - values[below]) / (values[below + 1] - values[below])
     pick = below + (torch.rand(shape, generator=generator) < share).long()

@@ -156,7 +156,8 @@ def frontier_cells(rows, speedups):
 
 @torch.inference_mode()
 def budget(args, policy, task, speedups):
-    """Speedup in bits of 512 decoded tokens of test text, or as many as the context has room for, one by one, with the price fixed and with the price tracking."""
+    """Speedup in bits of 512 tokens of test text, or as many as the context has room for, decoded one by one, with the price fixed and
+    with the price tracking."""
     model, tokenizer = load(args.model, policy.costs.device, torch.bfloat16, routed=True)
     model.quantize(real=True, int4=policy.int4)
     size = min(512 + READ, model.config.block_size)

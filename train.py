@@ -294,8 +294,8 @@ def main():
     policy.save(out / "policy.safetensors")
 
     # what DASH spent on the example at hand, which it ran just before them, padding left out, is what the others may spend
-    spent, generator = lambda rows: mean_cost(policy.states[:, kept[id(rows)]], costs), torch.Generator().manual_seed(args.seed)
-    kept = {id(e.rows): e.keep() for e in test}
+    kept, generator = {id(e.rows): e.keep() for e in test}, torch.Generator().manual_seed(args.seed)
+    spent = lambda rows: mean_cost(policy.states[:, kept[id(rows)]], costs)
     static = lambda rows: Fixed(static_plan(damage, costs, spent(rows))[1], scale)
     equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))

@@ -198,6 +198,7 @@ def test_random_states_meet_a_cost():
         states = P.random_states((30, 4, 500), cost, COSTS, g)
         assert P.mean_cost(states, COSTS) == pytest.approx(cost, abs=0.05)
         assert (states[0] == 4).all() and (states[-1] > 0).all() and len(states.unique()) <= 4
+    assert P.random_states((2, 1, 9), 2.5 - 1e-7, COSTS, g)[1].tolist() == [[1] * 9]  # two blocks have none to skip
 
 
 def test_fixed_states_follow_positions():
