@@ -55,11 +55,14 @@ class Known:
     ratio: torch.Tensor = None  # (2 L,) their mean |output| / |input|
     damage: torch.Tensor = None  # (L, 4) mean label of each block and state, nats a token
     position_damage: torch.Tensor = None  # (POSITIONS, L, 4) the same by position
-    candidates: list = None  # for best_static: functions of a speedup that give states (L,)
-    measure: object = None  # states (L,) -> KL on training text
 
 
-full, int8, int4 = (lambda known, speedup, state=state: Fixed([4] + [state] * (known.L - 1)) for state in (4, 2, 1))
+def uniform(state):
+    """The method that runs all blocks but the first in one state."""
+    return lambda known, speedup: Fixed([4] + [state] * (known.L - 1))
+
+
+full, int8, int4 = map(uniform, (4, 2, 1))
 
 
 @torch.no_grad()
@@ -85,11 +88,21 @@ def skips(known, speedup, fill=0.0):
     return number
 
 
+def free_skips(costs):
+    """Costs of the states (4,) where all tokens skip the same blocks: nobody asks for their keys and values, so none are made."""
+    return torch.cat([torch.zeros_like(costs[:1]), costs[1:]])
+
+
+def one_plan(states, scale=None):
+    """The same states (L,) for all tokens."""
+    return Fixed(states, scale, kv="none" if (states == 0).any() else "fill")
+
+
 def without(known, blocks):
-    """All tokens skip these blocks, an index; nobody asks for keys and values."""
+    """All tokens skip these blocks, an index."""
     states = torch.full((known.L,), 4)
     states[blocks] = 0
-    return Fixed(states, kv="none")
+    return one_plan(states)
 
 
 def to_two_digits(speedup):
@@ -170,7 +183,7 @@ class AdaSkip(Fixed):
     def decide(self, i, x, start):
         super().decide(i, x, start)
         if start == 0 or x.shape[1] > 1:  # a prompt
-            self.decoded, self.found = 0, torch.zeros(len(self.scale) + 1)
+            self.decoded, self.found = 0, torch.zeros(len(self.scale))
             return
         self.decoded += i == 0
         if self.decoded <= self.WARMUP:
@@ -210,12 +223,12 @@ def random_mix(known, speedup):
 
 
 def static_mix(known, speedup):
-    return Fixed(static_plan(known.damage, known.costs, 4 / speedup)[1], known.scale)
+    return one_plan(static_plan(known.damage, free_skips(known.costs), 4 / speedup)[1], known.scale)
 
 
-def best_static(known, speedup):
-    plans = [candidate(speedup) for candidate in known.candidates]
-    return Fixed(min(plans, key=known.measure), known.scale)
+def best_static(known, candidates, measure, speedup):
+    """The best by `measure(states)` of what the candidates of `static_candidates` give for a speedup."""
+    return one_plan(min((candidate(speedup) for candidate in candidates), key=measure), known.scale)
 
 
 def position_mix(known, speedup, tokens=1024):
@@ -236,9 +249,9 @@ def static_candidates(known, alone, measure, targets):
         damage = score[:, None] / score[1:].mean() * typical
         damage[:, 0] = alone[:, 0]  # whether a block can be skipped does not follow from how it bears rounding
         tables.append(damage)
-    path = greedy_path(known, measure, max(targets))
-    within = lambda speedup: next(states for states in path if mean_cost(states, known.costs) <= 4 / speedup + 1e-6)
-    return [lambda speedup, d=damage: static_plan(d, known.costs, 4 / speedup)[1] for damage in tables] + [within]
+    path, costs = greedy_path(known, measure, max(targets)), free_skips(known.costs)
+    within = lambda speedup: next(states for states in path if mean_cost(states, costs) <= 4 / speedup + 1e-6)
+    return [lambda speedup, d=damage: static_plan(d, costs, 4 / speedup)[1] for damage in tables] + [within]
 
 
 @torch.no_grad()
@@ -278,28 +291,27 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
     lower: the moves, state -> next state. A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
     """
-    states, current, queue = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, []
+    states, current, queue, costs = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, [], free_skips(known.costs)
 
     def push(i):
         to = lower.get(int(states[i]))
         if to is not None and (to or i < known.L - 1):  # the last block is never skipped
-            heapq.heappush(queue, (-float("inf"), i, to))
+            heapq.heappush(queue, (-math.inf, i, to, 0, 0.0))  # KL per cost saved, the move, moves made when measured, KL of the plan
 
     for i in range(1, known.L):
         push(i)
-    path, measured_at = [states.clone()], {}
-    cost, bar = dict(zip(STATES.tolist(), known.costs.tolist())), tqdm(desc="greedy static plan, plans measured", leave=False)
-    while queue and mean_cost(states, known.costs) > 4 / speedup + 1e-6:
-        _, i, to = heapq.heappop(queue)
-        if measured_at.get((i, to), (None,))[0] != len(path):  # priced before the last move: measure again
+    path = [states.clone()]
+    cost, bar = dict(zip(STATES.tolist(), costs.tolist())), tqdm(desc="greedy static plan, plans measured", leave=False)
+    while queue and mean_cost(states, costs) > 4 / speedup + 1e-6:
+        _, i, to, when, found = heapq.heappop(queue)
+        if when != len(path):  # priced before the last move: measure again
             trial = states.clone()
             trial[i] = to
             found = measure(trial)
             bar.update()
-            measured_at[i, to] = (len(path), found)
-            heapq.heappush(queue, ((found - current) / (cost[int(states[i])] - cost[to]), i, to))
+            heapq.heappush(queue, ((found - current) / (cost[int(states[i])] - cost[to]), i, to, len(path), found))
             continue
-        states[i], current = to, measured_at[i, to][1]
+        states[i], current = to, found
         path.append(states.clone())
         push(i)
     bar.close()
@@ -312,7 +324,7 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
 @torch.no_grad()
 def compare(model, examples, policies):
-    """Each policy against the full model on examples: a list of dicts with means over all that is predicted.
+    """Each policy against the full model on examples: a list of dicts with means over examples.
 
     nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
     right ones; speedup: in bits; states: shares; raw: states (L, N); each: nats, kl and accuracy of every example, for
@@ -353,6 +365,11 @@ def bootstrap(statistic, *values):
 def interval(values):
     """95% interval of the mean of values (n,): (low, high)."""
     return bootstrap(lambda v: v.mean(1), values)
+
+
+def quotient(a, b):
+    """sum(a) / sum(b) of paired values (n,), and its 95% interval: (quotient, (low, high))."""
+    return sum(a) / sum(b), bootstrap(lambda a, b: a.sum(1) / b.sum(1), a, b)
 
 
 def spread(values, base=None, unit=1, form=".4f"):

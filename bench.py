@@ -65,16 +65,19 @@ def evaluate(args):
 
 
 def render(pages, results):
-    """{name: text} with every part between <!-- NAME --> and <!-- /NAME -->, in any of the texts, made anew from results/NAME.json."""
+    """{name: text} with every part between <!-- NAME --> and <!-- /NAME -->, in any of the texts, made anew from results/NAME.json; the
+    parts called NAME-details from what some results have besides their table."""
+    pages = dict(pages)
     for file in sorted(Path(results).glob("*.json")):
-        begin, end, r = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->", read_json(file)
-        if not any(begin in text and end in text for text in pages.values()):
-            continue
-        if not {"caption", "model", "weights", "device", "torch", "markdown"} <= r.keys():
-            raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
-        made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r['markdown']}\n"
-        pages = {page: text[: text.index(begin) + len(begin)] + made + text[text.index(end) :] if begin in text and end in text else text
-                 for page, text in pages.items()}
+        for name, key in ((file.stem, "markdown"), (f"{file.stem}-details", "details")):
+            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            for page, text in pages.items():
+                if begin in text and end in text:
+                    r = read_json(file)
+                    if not {"caption", "model", "weights", "device", "torch", key} <= r.keys():
+                        raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
+                    made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r[key]}\n"
+                    pages[page] = text[: text.index(begin) + len(begin)] + made + text[text.index(end) :]
     return pages
 
 
@@ -88,8 +91,9 @@ def report(args):
     pages = render({page: read_text(page) for page in PAGES}, args.results)
     for page, text in pages.items():
         write_whole(page, text.encode())
-    shown = [file for file in files if any(f"{file.stem}.png)" in text for text in pages.values())]
-    print(f"wrote {' and '.join(PAGES)}{', and drew ' if shown else ''}{', '.join(draw(file).name for file in shown)}")
+    drawn = [draw(file) for file in files if any(f"{file.stem}.png)" in text for text in pages.values())]
+    names = ", ".join(picture.name for picture in drawn if picture)
+    print(f"wrote {' and '.join(PAGES)}{f', and drew {names}' if names else ''}")
     for file in files:
         if not any(f"<!-- {file.stem} -->" in text for text in pages.values()):
             print(f"{file} is shown by neither: it has no part between <!-- {file.stem} --> and <!-- /{file.stem} -->")
@@ -125,6 +129,8 @@ def main():
         raise ValueError("--limit, --rounds and --steps must be at least 1")
     if not 1 <= args.speedup < float("inf"):
         raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
+    if args.task and args.command in ("speed", "transfer", "report"):
+        raise ValueError(f"--task {args.task}: {args.command} takes none")
     if args.file:
         args.task = args.task or "lm"
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):

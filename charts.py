@@ -7,9 +7,11 @@ A picture carries the hash of the file that it shows, so that a test can tell wh
 
 import hashlib
 import io
+import itertools
+import re
 from pathlib import Path
 
-from baselines import interval
+from baselines import interval, quotient
 from common import read_json, refusing, write_whole
 
 SHADES = (("4", "full", "#1b4965"), ("2", "INT8", "#5fa8d3"), ("1", "INT4", "#bee9e8"), ("0", "skip", "#e8e8e8"))  # of the states
@@ -43,7 +45,7 @@ def draw(file):
 
 def task_of(r):
     task = r["caption"].split(",")[0]
-    return "pydocs" if task == "lm" else task
+    return "pydocs" if task == "lm" and "--file" not in r["command"] else task
 
 
 def by(rows, key):
@@ -80,12 +82,12 @@ def kl_error(rows):
 def train(r):
     """Training, KL by method, states by block."""
     (figure, (a, b, c)), log, rows = canvas(15, 4, 3), r["log"], r["rows"]
-    x, y, label, title = (("epoch", "loss", "loss", "fit to Fisher labels") if "epoch" in log[0] else
+    x, y, label, title = (("epoch", "loss", "loss of the fit", "fit to Fisher labels") if "epoch" in log[0] else
                           ("step", "ce", "CE, nats a token", "cross-entropy of the gated model") if "ce" in log[0] else
                           ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
-    bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], color="tab:blue")
+    bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")
     b.bar_label(bars, [f"{row['speedup']:.2f}x" for row in rows[1:]], padding=3)
     b.margins(x=0.2)
     b.invert_yaxis()
@@ -101,17 +103,21 @@ def speed(r):
     """Tokens/s of every path, of DASH and of the peers; of the GPU suite one token's timeline."""
     if "timeline" in r:
         return timeline(r)
-    paths, kinds = r["tokens_per_second"], {"dash": "tab:red", "all ": "tab:blue"}
-    paths = paths | {f"dash, {row['speedup_target']:g}x asked": paths["all bf16"] * row["measured"]
-                     for row in r["routed"] if row["horizon"] == r["policy"].get("horizon")}
+    paths = {name: v for name, v in r["tokens_per_second"].items() if name != "all skipped"}  # no model
+    for row in r["routed"]:
+        how = f"{row['speedup_target']:g}x asked{', decided one block ahead' if row['horizon'] == 1 else ''}"
+        paths[f"dash, {how}"] = paths["all bf16"] * row["measured"]
     names = sorted(paths, key=paths.get)
     figure, [axes] = canvas(8, 0.4 * len(names) + 1.2)
-    bars = axes.barh(names, [paths[name] for name in names], color=[kinds.get(name[:4], "tab:gray") for name in names])
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    if "all skipped" in paths:  # a bound, no model
-        bars[names.index("all skipped")].set(fill=False, edgecolor="tab:blue", linestyle=":")
+    kinds = {"dash": ("DASH", "tab:red"), "all ": ("one state for all", "tab:blue")}
+    bars = [{"kind": kinds.get(name[:4], ("other programs", "tab:gray")), "at": n, "value": paths[name]} for n, name in enumerate(names)]
+    for (label, color), those in by(bars, "kind").items():
+        drawn = axes.barh([bar["at"] for bar in those], [bar["value"] for bar in those], color=color, label=label)
+        axes.bar_label(drawn, fmt="%.0f", padding=3)
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {r['model']} on {r['device']}")
     axes.margins(x=0.1)
+    axes.legend(loc="lower right")
     return figure
 
 
@@ -144,40 +150,58 @@ def table(r):
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(14 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):
-        colors = iter("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+        colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
         axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")
         for method, rows in methods.items():
             alone = method in ("int8", "int4")
             color = "black" if alone else next(colors)
             if near and min(row["value"] for row in rows) > 1.1 * full:
                 continue
-            axes.plot(*zip(*sorted((row[x], row["value"]) for row in rows)), marker="s" if alone else "o", markersize=5, color=color,
-                      linestyle="none" if alone else "-" if method == "dash" else "--", linewidth=2.2 if method == "dash" else 1.2,
-                      label=None if alone else method)
-            if alone or near:
-                for row in rows:
-                    axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], row["value"]), xytext=(5, 5),
-                                  textcoords="offset points", fontsize="medium" if alone else "small", color=color)
+            line = "none" if alone or near else "-" if method == "dash" else "--"  # near, a line would join what clocks scattered
+            axes.plot([row[x] for row in rows], [row["value"] for row in rows], marker="s" if alone else "o", markersize=5, color=color,
+                      linestyle=line, linewidth=2.2 if method == "dash" else 1.2, label=None if alone else method)
+            if near:
+                spans = [(min(row["rounds"]), max(row["rounds"])) if "rounds" in row else (row[x], row[x]) for row in rows]
+                axes.errorbar([row[x] for row in rows], [row["value"] for row in rows], xerr=error([row[x] for row in rows], spans), fmt="none",
+                              ecolor=color, elinewidth=0.7, alpha=0.5)
+            for row in rows if alone or near else ():
+                axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], row["value"]),
+                              xytext=(5, -12) if method == "static_mix" else (5, 5), textcoords="offset points",
+                              fontsize="medium" if alone else "small", color=color)
         axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=r["metric"],
-                 title=f"{task_of(r)}, test{', the methods near the full model' if near else ''}",
+                 title=f"{task_of(r)}, test{', near the full model, with the speedup in bits that was asked' if near else ''}",
                  yscale="log" if perplexity and not near else "linear")
         axes.margins(0.08)
+        if perplexity and not near and max(row["value"] for those in methods.values() for row in those) > 1e5:
+            axes.set(ylim=(full / 2, 1e5), title=f"{axes.get_title()}; what is not seen lies above")
         axes.legend(**{} if near else BESIDE)
     return figure
 
 
 def frontier(r):
-    figure, [axes] = canvas(8, 4.5)
+    """KL against speedup, and over the best static plan's; the seeds of one policy in one colour."""
+    figure, panels = canvas(14, 5, 2)
     colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
-    others = iter(["tab:blue", "tab:red", "tab:purple", "tab:cyan", "tab:green", "tab:pink"])
-    for method, rows in by(r["rows"][3:], "method").items():
-        axes.plot([row["speedup"] for row in rows], [row["kl"] for row in rows], marker="o", markersize=4, label=method,
-                  linestyle="--" if method in colors else "-", color=colors.get(method) or next(others, None))
+    others, methods = iter("tab:" + c for c in "blue red green purple cyan pink".split()), by(r["rows"][3:], "method")
+    static, drawn = methods["best static plan"], {}
+    for method, rows in methods.items():
+        family = re.sub(r", seed \d+", "", method)
+        label = None if family in drawn else family
+        if label:
+            drawn[family] = colors.get(family) or next(others, "black")
+        look = {"color": drawn[family], "marker": "o", "markersize": 4, "linestyle": "-" if ", " in family else "--"}
+        x, over = [row["speedup"] for row in rows], [quotient(row["each"]["kl"], plan["each"]["kl"]) for row, plan in zip(rows, static)]
+        panels[0].plot(x, [row["kl"] for row in rows], label=label, **look)
+        if method != "random states":
+            panels[1].errorbar(x, [v for v, _ in over], error(*zip(*over)), elinewidth=0.7, capsize=2, **look)
     for row in r["rows"][1:3]:
-        axes.plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
-        axes.annotate(row["method"], (row["speedup"], row["kl"]), xytext=(0, 8), textcoords="offset points", ha="center")
-    axes.set(xlabel="speedup in bits", ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
-    axes.legend()
+        panels[0].plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
+        panels[0].annotate(row["method"], (row["speedup"], row["kl"]), xytext=(8, -5), textcoords="offset points")
+    panels[0].set(ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
+    panels[1].set(ylabel="KL over that of the best static plan", title="At the same cost; random states lie above")
+    for axes in panels:
+        axes.set(xlabel="speedup in bits")
+    panels[0].legend()
     return figure
 
 
@@ -246,11 +270,13 @@ def hidden(r):
             line = rows[:1] + rows[1 + k :: len(r["distance"])]
             each = [[100 * v for v in row["each"]["rougeL"]] for row in line]
             means = [sum(e) / len(e) for e in each]
-            panels[1].errorbar([100 / row["speedup"] for row in line], means, error(means, map(interval, each)), marker="o", capsize=3)
+            panels[1].errorbar([100 / row["speedup"] + 0.15 * (k - 1) for row in line], means, error(means, map(interval, each)), marker="o",
+                               capsize=3, label=way)
     panels[0].set(xlabel="blocks kept, %", ylabel="cosine distance", title=f"Last hidden state, to the full model's; {task_of(r)}, test")
     if rows:
         panels[1].set(xlabel="cost in bits, % of the full model's", ylabel="Rouge-L, %", title=f"cnn_dm, test, n = {len(each[0])}", ylim=(0, None))
-    panels[0].legend()
+    for axes in panels:
+        axes.legend()
     return figure
 
 
@@ -303,7 +329,7 @@ def kv(r):
 
 def depth(r):
     """Blocks and cost a new token by kind of request: mean, and deviation over tokens."""
-    (figure, panels), kinds, methods = canvas(11, 4, 2), list(by(r["rows"], "kind")), by(r["rows"], "method")
+    (figure, panels), kinds, methods = canvas(13, 4, 2), list(by(r["rows"], "kind")), by(r["rows"], "method")
     for axes, key, what in zip(panels, ("blocks", "cost"), ("blocks run", "cost a block (4 = full)")):
         for n, (method, rows) in enumerate(methods.items()):
             means, variances = zip(*(row[key] for row in rows))
@@ -311,7 +337,7 @@ def depth(r):
                           fmt="o", capsize=3, label=method)
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set(ylabel=f"{what}: mean, standard deviation")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", **BESIDE)
     return figure
 
 
@@ -322,13 +348,13 @@ def retain(r):
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     for axes, (task, rows) in zip(panels, tasks.items()):
-        for method, those in by(rows, "method").items():
+        for n, (method, those) in enumerate(by(rows, "method").items()):
             those = sorted((row for row in those if "retained" in row), key=lambda row: row["speedup"])
             values, spans = [100 * row["retained"] for row in those], [[100 * v for v in row["interval"]] for row in those]
-            axes.errorbar([row["speedup"] for row in those], values, error(values, spans) if those else None, marker="o", markersize=4, capsize=3,
-                          elinewidth=0.7, label=method)
+            axes.errorbar([row["speedup"] + 0.004 * n for row in those], values, error(values, spans) if those else None, marker="o", markersize=4,
+                          capsize=3, elinewidth=0.7, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
-        axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model")
+        axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model", ylim=(0, None))
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center")
     return figure
 
@@ -340,7 +366,8 @@ def multitoken(r):
         for key, style, fill in (("before", ":", "none"), ("after", "-", "full")):
             left.plot(range(1, row["tau"] + 1), row[key], style, marker="o", fillstyle=fill, color=f"C{n}", label=f"tau = {row['tau']}, {key}")
         right.bar(n - 0.2, row["faster"], 0.4, color="C0", label=None if n else "measured")
-        right.bar(n + 0.2, 1 / row["passes"], 0.4, color="C1", label=None if n else "promised by the passes of blocks")
+        right.bar(n + 0.2, 1 / row["passes"], 0.4, color="C1", label=None if n else "1 / passes")
+    right.axhline(1, color="black", linestyle=":", linewidth=1)
     left.set(xlabel="place in the cycle", ylabel="nats a token, held-out", xticks=range(1, max(row["tau"] for row in rows) + 1))
     right.set_xticks(range(len(rows)), [f"tau = {row['tau']}" for row in rows])
     right.set(ylabel="tokens/s over the full model's")

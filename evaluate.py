@@ -121,8 +121,9 @@ def ratio(values, a, b):
 
 
 def measured_speedup(model, tokenizer, policy, prompt):
-    """Decoding speed under the policy over that of the full model, batch 1, 32 tokens, real kernels: median of 3 alternating pairs."""
-    tokens, tokenizer = 32, copy.copy(tokenizer)
+    """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of 5 alternating pairs of runs of 32
+    tokens, or of as many as AdaSkip needs to spend most of them after its warm-up."""
+    tokens, tokenizer = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32, copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
     routed = policy
     if callable(policy):  # what it does along a text, all of it on the tokens that are timed
@@ -131,7 +132,8 @@ def measured_speedup(model, tokenizer, policy, prompt):
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
     speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager)["tokens_per_second"]
-    return ratio(in_rounds(3, {"routed": lambda: speed(routed), "full": lambda: speed(None)}), "routed", "full")
+    values = in_rounds(5, {"routed": lambda: speed(routed), "full": lambda: speed(None)})
+    return [a / b for a, b in zip(values["routed"], values["full"])]
 
 
 ARTICLE, SUMMARY = 768, 64  # tokens of an article that are read, and of its summary
@@ -218,10 +220,11 @@ def at_hand(args, task, default, path, needed=True):
 
 
 @torch.no_grad()
-def rank(args, task, asked, default, timed=True):
+def rank(args, task, asked, default, timed=True, priced=False):
     """Methods on a task: [(method, speedup)] -> (metric, one row for the full model and one for each asked, model, facts to report).
 
-    A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed; or "missing", why not.
+    A row has "value", "interval" (95%, bootstrap over examples), "speedup" in bits, "measured" if timed, the median of "rounds"; or
+    "missing", why not. priced: dash costs on these examples what is asked, instead of what its price makes it cost there.
     """
     if task == "cnn_dm":
         rouge()
@@ -232,6 +235,8 @@ def rank(args, task, asked, default, timed=True):
         rows.append({"method": method, "target": speedup})
         try:
             routed = make_policy(method, speedup, known, model, policy, path)
+            if method == "dash" and priced and task != "cnn_dm":  # whose price tracks
+                [routed] = variant(policy, model, examples, [speedup])
             policies.append(with_kv(routed, args.kv) if args.kv else routed)
         except (ValueError, FileNotFoundError) as e:
             if len(asked) == 1:
@@ -254,7 +259,8 @@ def rank(args, task, asked, default, timed=True):
         each = row["each"][key]
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
         if timed:
-            row["measured"] = 1.0 if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+            row["rounds"] = [1.0] if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+            row["measured"] = statistics.median(row["rounds"])
     tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
 

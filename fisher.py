@@ -79,18 +79,18 @@ def draws(model, hidden, example, generator):
         yield torch.autograd.grad(logp[pick], hidden, retain_graph=True)[0]
 
 
-def fisher_labels(model, example, scale, n_draws, generator, watch=None):
+def fisher_labels(model, example, scale, n_draws, generator, inputs=None):
     """Half the squared derivative of log p(targets) by every gate, averaged over draws of the targets.
 
     Example with N tokens -> (N, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats, each the harm done to all that the example
-    predicts. scale: a_i of every block; generator: of the draws. `watch(i, x)` sees every block's input x (R, T, C).
+    predicts. scale: a_i of every block; generator: of the draws. inputs: a dict that gets every block's input (R, T, C).
     """
     R, T = example.rows.shape
     L, x, rope = len(model.blocks), model.embed(example.rows).flatten(0, 1), model.rope(0, T)
     gates = [torch.zeros(3, R * T, device=x.device, requires_grad=True) for _ in range(L)]
     for i, (block, gate) in enumerate(zip(model.blocks, gates)):
-        if watch:
-            watch(i, x.detach().view(R, T, -1))
+        if inputs is not None:
+            inputs[i] = x.detach().view(R, T, -1)
         if i == 0:
             x = block(x, R, [(4, None)], 1.0, rope)
             continue
@@ -118,14 +118,9 @@ def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
     done = checkpoint.meta["step"]
     parts, saved = [checkpoint.tensors] if done else [], 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
-        part, keep = {}, examples[n].keep()
-
-        def watch(i, x):
-            if i in plans:
-                part[f"input.{i}"] = scorer.features(x, 0)[keep].bfloat16()
-
-        generator = torch.Generator().manual_seed(seed * 1000003 + n)
-        part["labels"] = fisher_labels(model, examples[n], scale, 1, generator, watch)
+        generator, keep, inputs = torch.Generator().manual_seed(seed * 1000003 + n), examples[n].keep(), {}
+        part = {"labels": fisher_labels(model, examples[n], scale, 1, generator, inputs)}
+        part |= {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans}
         part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
         parts.append(part)
         saved += len(part["labels"])

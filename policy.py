@@ -125,7 +125,7 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0; the network gives the
+    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (with lam, minus the distance from s); the network gives the
     damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
     to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
     however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
@@ -191,12 +191,14 @@ def plan(i, n_layer, horizon):
     the whole path once. Horizon 0 decides each block from its own input: nothing is guessed, nothing can overlap.
     """
     if horizon < 2:  # one block: this one, or the next
-        first, count = i + horizon, 1
+        first, end = i + horizon, i + horizon + 1
     elif i == 1:  # the first plan waits for the output of the first block
-        first, count = 1, horizon
-    else:  # the next ones are made at the last block that is planned
-        first, count = i + 1, horizon if i and i % horizon == 0 else 0
-    return range(max(1, first), min(first + count, n_layer))
+        first, end = 1, 1 + horizon
+    elif i and i % horizon == 0:  # the next ones are made at the last block that is planned
+        first, end = i + 1, i + 1 + horizon
+    else:
+        return range(0)
+    return range(max(1, first), min(end, n_layer))
 
 
 def walk(best, state):
@@ -226,15 +228,20 @@ class Fixed:
     """
 
     def __init__(self, states, scale=None, kv="fill"):
-        self.given, self.int4, self.kv = torch.as_tensor(states, dtype=torch.uint8).cpu(), None, kv
-        if not torch.isin(self.given.long(), STATES).all():
+        given = torch.as_tensor(states).cpu()
+        if not torch.isin(given.double(), STATES.double()).all():
             raise ValueError("states are 0, 1, 2 and 4")
+        self.given, self.int4, self.kv = given.to(torch.uint8), None, kv
         self.scale = [1.0] * len(self.given) if scale is None else scale
         self.states = None
 
     def window(self, start, T):
         """States of T positions from `start` on: (L, B, T), or (L, 1, 1) or (L, 1, T) where all tokens or sequences are alike."""
-        return self.given[..., start : start + T] if self.given.dim() == 3 else self.given[:, None, None]
+        if self.given.dim() < 3:
+            return self.given[:, None, None]
+        if start + T > self.given.shape[2]:
+            raise ValueError(f"states are given for {self.given.shape[2]} positions, and {start + T} were run")
+        return self.given[..., start : start + T]
 
     def decide(self, i, x, start):
         self.states[i] = self.window(start, x.shape[1])[i].to(x.device)
@@ -342,7 +349,7 @@ class Policy:
         if len(targets) == 1:
             return self.prices[0][1]
         speedup = max(speedup, targets[0])
-        high = max(1, next((n for n, s in enumerate(targets) if s >= speedup), len(targets) - 1))
+        high = min(max(1, sum(s < speedup for s in targets)), len(targets) - 1)
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
         return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
 
@@ -425,7 +432,8 @@ class Policy:
             name = policy.int4 or ""  # of a file in the cache
             if policy.costs.shape != (4,) or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
                 raise ValueError("values out of range")
-            if sorted(s for s, _ in policy.prices) != [s for s, _ in policy.prices]:
+            targets = [s for s, _ in policy.prices]
+            if targets != sorted(set(targets)):
                 raise ValueError("prices out of order")
             if not all(t.isfinite().all() for t in tensors.values()) or not (scorer.std > 0).all():
                 raise ValueError("a tensor has values that are not finite, or a deviation that is not positive")

@@ -53,7 +53,7 @@ def leave_one_out(G):
 def reward_of(model, example, policy):
     """R_acc of Eq 13 for ROLLOUTS sampled runs of an example, under a `Rollout` with tau and generator set.
 
-    Returns R_acc (rollouts, tokens), the states (L, rollouts, tokens) that made it, and a function that takes (..., rollouts * R, T) to
+    Returns R_acc (rollouts, tokens), the states (L, rollouts, tokens) that made it, and a function that takes (L, rollouts * R, T) to
     those tokens. Text: log p_routed - log p_full of the token that follows, nats; the last token has none. Multiple choice: +-1 for
     all tokens.
     """
@@ -89,8 +89,8 @@ def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cos
             costed = STATES if policy.settings["cost"] == "bits" else policy.costs
             G = returns(rewards(states, r_acc, beta, costed, policy.settings["weights"]))[1:]
             advantage = G - leave_one_out(G)
-            spread = advantage.flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of their spread
-            loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), advantage / spread, 0.0), ALPHA) / BATCH
+            deviation = advantage.flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of theirs
+            loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), advantage / deviation, 0.0), ALPHA) / BATCH
             loss.backward()
             losses.append(loss.item())
             gained.append(r_acc.mean().item())
@@ -115,7 +115,7 @@ def learn(scorer, model, examples, few, scale, costs, start, checkpoint, log_pat
     mu, _ = static_plan(damage, costs, goal)
     if start:
         scorer.load_state_dict(start.scorer.state_dict())
-        mu = start.at(settings["speedup"]).mu
+        mu = start.mu
     else:
         scorer.bias.data[1:, :, :3] = damage[1:, None, :3].clamp(min=1e-12).log().to(scorer.bias.device)
     rollout = Rollout(scorer, scale, costs, settings["fingerprint"], horizon=settings["horizon"], settings=settings).to(scorer.bias.device)
@@ -135,20 +135,20 @@ class Straight:
     """Stands in for a layer's rounded weight while the base is trained: the weight plus its rounding error, held fixed, so that
     the gradient passes straight through the rounding (Bengio et al. 2013) to the weight."""
 
-    def __init__(self, linear, low, rows=slice(None)):
-        self.linear, self.rows, self.error = linear, rows, low.weight - linear.weight.detach()[rows]
+    def __init__(self, linear, low):
+        self.linear, self.error = linear, low.weight - linear.weight.detach()[-len(low.weight) :]  # "fill" has k and v alone, the last rows
 
     def __call__(self, x):
-        return F.linear(x, self.linear.weight[self.rows] + self.error)
+        return F.linear(x, self.linear.weight[-len(self.error) :] + self.error)
 
 
 def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
     """Minimise CE of the routed model over its blocks' weights, the policy choosing states as at inference (Eq 17; the scorer was taught
     before, by PG or by Fisher labels). Changes the model in place and takes its rounded weights away; call `quantize` again."""
-    linears = {f"{i}.{name}": (linear, block.q_size) for i, block in enumerate(model.blocks) for name, linear in block.linears().items()}
-    for linear, q_size in linears.values():
-        linear.low = {s: Straight(linear, low, slice(q_size, None) if s == "fill" else slice(None)) for s, low in linear.low.items()}
-    weights = {name: linear.weight.requires_grad_() for name, (linear, _) in linears.items()}
+    linears = {f"{i}.{name}": linear for i, block in enumerate(model.blocks) for name, linear in block.linears().items()}
+    for linear in linears.values():
+        linear.low = {s: Straight(linear, low) for s, low in linear.low.items()}
+    weights = {name: linear.weight.requires_grad_() for name, linear in linears.items()}
     optimizer, generator = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0), torch.Generator().manual_seed(checkpoint.seed)
     for _, bar in checkpoint.steps("train the base", steps, 10, weights, optimizer, generator):
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
@@ -156,7 +156,7 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
         loss = total_loss(F.nll_loss(logp, right), 0.0, ALPHA)
         descend(loss, optimizer, weights.values())
         bar.set_postfix(ce=f"{loss.item():.3f}")
-    for linear, _ in linears.values():
+    for linear in linears.values():
         linear.weight.requires_grad_(False).copy_(linear.weight.bfloat16())  # as it will be saved
         linear.low = {}
     model.quantized = False

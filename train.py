@@ -31,7 +31,7 @@ from tqdm import tqdm
 import fisher
 import reinforce
 import routers
-from baselines import Known, by_similarity, compare, comparison_table, observe, public, without
+from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, public, without
 from charts import draw
 from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result
 from data import Example, is_choice, load_examples, load_text, text_examples, windows
@@ -42,7 +42,7 @@ from quant import cache_codes, codes_name
 
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0, 4.25, 4.5]  # speedups with a price
-WINDOW, POOL = 256, 64  # tokens of a window, and windows, that INT4 rounding and the policy gradient see
+WINDOW, POOL = 256, 64  # tokens of a window, and windows at most, that INT4 rounding and the policy gradient see
 LONG = 1024  # tokens of a window with Fisher labels
 
 
@@ -52,37 +52,23 @@ LONG = 1024  # tokens of a window with Fisher labels
 
 @torch.no_grad()
 def profile(model, tokens):
-    """Every block's input x and output y over tokens (N, T): similarity and the two forms of a_i.
+    """Every block's input x and output y over tokens (N, T): the two forms of a_i, and what the scorer's inputs are standardised by.
 
-    Returns a dict of (L,) fp64 tensors: "similarity" mean cosine(x, y) (Eq 1-2), "least_squares" sum<x,y>/sum<x,x> and
-    "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean", "std" of the RMS-normed x.
+    Returns a dict of (L,) fp64 tensors: "least_squares" sum<x,y>/sum<x,x> and "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean",
+    "std" of the RMS-normed x.
     """
     found = []
     for x, _, y in tqdm(model.block_by_block(tokens), desc="calibrate", total=len(model.blocks), leave=False):
         # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
         x, y = (t.view(*tokens.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
         normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-        found.append({"similarity": F.cosine_similarity(x, y).mean(), "least_squares": (x * y).sum() / (x * x).sum(),
-                      "norm_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(), "mean": normed.mean(0),
-                      "std": normed.std(0, correction=0).clamp(min=1e-6)})
+        found.append({"least_squares": (x * y).sum() / (x * x).sum(), "norm_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(),
+                      "mean": normed.mean(0), "std": normed.std(0, correction=0).clamp(min=1e-6)})
     return {key: torch.stack([f[key] for f in found]).cpu() for key in found[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 4 Prices
-
-
-class OpenLoop(Fixed):
-    """The full model with a scorer looking on: `tables` gathers q of every decision, nothing is routed."""
-
-    def __init__(self, policy):
-        super().__init__([4] * len(policy.scale))
-        self.policy, self.tables = policy, {}
-
-    def decide(self, i, x, start):
-        blocks = plan(i, len(self.scale), self.policy.horizon)
-        if blocks:
-            self.tables[blocks] = self.policy.scorer(self.policy.scorer.features(x, start), blocks)
 
 
 @torch.no_grad()
@@ -94,14 +80,18 @@ def calibrate_prices(policy, model, examples, targets, goals):
     scorer sees: then all targets run at once on a few short examples, and what that adds to the cost is taken off the goal.
     """
     L, device = len(policy.scale), examples[0].rows.device
+    plans = {i: blocks for i in range(L) if (blocks := plan(i, L, policy.horizon))}
+    policy.tracked = None  # or every text would start at the old price
 
     def look_at(examples):
-        looks = []
+        """q of every decision by the full model's hidden states: {blocks: (1, N, g, 4, 4)}."""
+        looks = {blocks: [] for blocks in plans.values()}
         for example in tqdm(examples, desc="prices", leave=False):
-            look = OpenLoop(policy)
-            model.hidden(example.rows, look)
-            looks.append({blocks: q[example.keep()][None] for blocks, q in look.tables.items()})
-        return {blocks: torch.cat([look[blocks] for look in looks], 1) for blocks in looks[0]}
+            for i, (x, _, _) in enumerate(model.block_by_block(example.rows)):
+                if i in plans:
+                    q = policy.scorer(policy.scorer.features(x.view(*example.rows.shape, -1), 0), plans[i])
+                    looks[plans[i]].append(q[example.keep()][None])
+        return {blocks: torch.cat(each, 1) for blocks, each in looks.items()}
 
     def cost_at(mu, looks):
         policy.mu, states = mu, torch.full((L, 1, next(iter(looks.values())).shape[1]), 4, dtype=torch.uint8, device=device)
@@ -109,10 +99,10 @@ def calibrate_prices(policy, model, examples, targets, goals):
             states[blocks[0] : blocks[-1] + 1] = policy.choose(q, states[blocks[0] - 1])
         return mean_cost(states, policy.costs)
 
-    price = lambda goal: lowest_price(lambda mu: cost_at(mu, looks), goal, -span, span)
     looks, steps = look_at(examples), policy.costs.sort().values.diff()
     gap = float(steps[steps > 1e-6].min())  # on a clock a skip can cost what INT4 does
     span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / gap
+    price = lambda goal: lowest_price(lambda mu: cost_at(mu, looks), goal, -span, span)
     mus = [price(goal) for goal in goals]
     if policy.horizon < L:
         few = [Example(e.rows[:, :WINDOW], [min(n, WINDOW) for n in e.lengths]) for e in examples[:4]]
@@ -173,17 +163,18 @@ def up_to(tokens, examples):
     return examples[: int((sizes < tokens).sum()) + 1]
 
 
-def report(out, names, rows, states, test, args, device, model, settings, how, wrote):
-    """5: the comparison to the terminal, train.png and train.json."""
+def report(out, names, rows, test, args, model, settings, how, wrote):
+    """5: the comparison to the terminal, train.png and train.json. rows: of `compare`, the second that of what was trained."""
     choice = is_choice(args.data)
     markdown = comparison_table(names, rows, choice)
     print("\n" + markdown)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
-    save_result(out / "train.json", device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
+    states, L = rows[1]["raw"], model.config.n_layer
+    save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
-                shares=[state_shares(block) for block in states])
+                shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
     draw(out / "train.json")
     print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
@@ -213,7 +204,7 @@ def train_routers(args, device, text, model, tokenizer, read, some):
 
     names = ["full model", args.objective, f"{args.skip} most similar blocks skipped"]
     rows = compare(model, test, [None, policy, without(known, by_similarity(known)[: args.skip])])
-    report(out, names, rows, rows[1]["raw"][:: policy.rows], test, args, device, model, settings,
+    report(out, names, rows, test, args, model, settings,
            f"objective {args.objective}, {args.skip} skips asked for", "router.safetensors")
 
 
@@ -227,6 +218,7 @@ def main():
     start = Policy.load(args.start) if args.start else None
     if start:
         start.check(model)
+        start.at(args.speedup)  # which the gradient starts from
     bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
     choice = is_choice(args.data)
     read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
@@ -250,7 +242,11 @@ def main():
     # What each step reads: samples for a_i, pool for INT4, examples to learn from, few for sensitivities, priced for prices; test is held out
     samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
     pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
-    examples = some(args.samples) if args.objective == "fisher" else read("train", 10**6, WINDOW)[:: 1 if choice else 8][:POOL]
+    if args.objective == "fisher":
+        examples = some(args.samples)
+    else:
+        examples = read("train", 10**6, WINDOW)
+        examples = examples[:: 1 if choice else max(1, min(8, len(examples) // POOL))][:POOL]  # not all of one chapter
     priced = some(8)
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
     test = read("test", 200 if choice else 4, LONG)
@@ -279,7 +275,8 @@ def main():
     tables["damage"] = damage.tolist()  # what a static plan goes by
 
     policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings | tables).to(device)
-    calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
+    goals = [goal_cost(s, L, overhead) for s in targets]
+    calibrate_prices(policy, model, priced, targets, goals)
     before = []
     if args.train_model:
         before = compare(model, test, [None, policy.at(args.speedup)])
@@ -290,13 +287,17 @@ def main():
         policy.settings |= {"model": str(out / "model.safetensors"), "fingerprint": policy.fingerprint}
         cache_codes(model, pool)
         model.quantize(int4=settings["int4"])
-        calibrate_prices(policy, model, priced, targets, [goal_cost(s, L, overhead) for s in targets])
+        calibrate_prices(policy, model, priced, targets, goals)
     policy.save(out / "policy.safetensors")
 
-    # what DASH spent on the example at hand, which it ran just before them, padding left out, is what the others may spend
-    kept, generator = {id(e.rows): e.keep() for e in test}, torch.Generator().manual_seed(args.seed)
-    spent = lambda rows: mean_cost(policy.states[:, kept[id(rows)]], costs)
-    static = lambda rows: Fixed(static_plan(damage, costs, spent(rows))[1], scale)
+    def spent(rows):
+        """What DASH, which `compare` runs just before the others, spent on the same example, padding left out: what they may spend."""
+        example = next(e for e in test if e.rows is rows)
+        return mean_cost(policy.states[:, example.keep()], costs)
+
+    generator = torch.Generator().manual_seed(args.seed)
+    free = free_skips(costs) if args.cost == "bits" else costs  # the clock knows skips with their keys and values alone
+    static = lambda rows: one_plan(static_plan(damage, free, spent(rows))[1], scale)
     equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
@@ -306,7 +307,7 @@ def main():
     if args.cost == "latency":
         promised = (4 * L + overhead[0]) / (L * mean_cost(rows[1]["raw"], costs) + overhead[1])
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"
-    report(out, names, rows, rows[1]["raw"], test, args, device, model, settings, how, "policy.safetensors")
+    report(out, names, rows, test, args, model, settings, how, "policy.safetensors")
 
 
 if __name__ == "__main__":

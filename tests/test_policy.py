@@ -249,9 +249,18 @@ def test_greedy_path_and_static_candidates():
         for speedup in (1.5, 2.0, 2.5):
             states = candidate(speedup)
             assert states[0] == 4 and states[-1] > 0 and P.mean_cost(states, COSTS) <= 4 / speedup + 1e-6
-    known.candidates = [lambda s: torch.tensor([4, 1, 1, 1, 1]), lambda s: torch.tensor([4, 2, 2, 2, 1])]
-    known.measure = measure
-    assert baselines.best_static(known, 2.0).given.tolist() == [4, 2, 2, 2, 1]
+    candidates = [lambda s: torch.tensor([4, 1, 1, 1, 1]), lambda s: torch.tensor([4, 2, 2, 2, 1])]
+    assert baselines.best_static(known, candidates, measure, 2.0).given.tolist() == [4, 2, 2, 2, 1]
+
+
+def test_states_given_beforehand_are_states_and_reach_as_far_as_they_do():
+    for states in ([4, 3], [4, 260], [4, 1.5], [4, -1]):
+        with pytest.raises(ValueError, match="0, 1, 2 and 4"):
+            P.Fixed(states)
+    policy = P.Fixed(torch.full((2, 1, 5), 4))
+    assert policy.window(1, 4).shape == (2, 1, 4)
+    with pytest.raises(ValueError, match="5 positions, and 6"):
+        policy.window(2, 4)
 
 
 def test_a_price_beyond_the_calibrated_ones():
