@@ -55,6 +55,12 @@ class Bucket:
         return self.k[:, : self.size], self.v[:, : self.size], self.mask[..., : self.size]
 
 
+def block_into(out, block, x, s, scale, rope, bucket):
+    """Run a block in state s on one token x (1, C), into `out`. scale (4,) fp32, its first value a_i: a tensor, so that one compilation
+    serves every block, of 16 bytes, since torch.compile copies what is not aligned."""
+    out.copy_(Block.forward(block, x, 1, [(s, None)], lambda rows: (rows.float() * scale[0]).to(rows.dtype), rope, bucket))
+
+
 class Engine:
     """Decodes one sequence: graphs on the device, decisions on a second stream, launches by the host (batch 1).
 
@@ -81,7 +87,7 @@ class Engine:
         c, weight = model.config, model.embed.weight
         device, cuda = weight.device, weight.is_cuda
         self.model, self.L, self.backend = model, c.n_layer, torch.cuda if cuda else torch.cpu
-        self.main, self.side = self.backend.Stream(), self.backend.Stream()
+        self.main, self.side = self.backend.Stream(), self.backend.Stream(priority=-1)  # what blocks wait for goes first
         self.ready, self.answered, self.done = (self.backend.Event() for _ in range(3))
         self.pools = [torch.cuda.graph_pool_handle() for _ in range(2)] if cuda else None
         self.size, self.graphs = bucket_of(size), {}
@@ -89,6 +95,7 @@ class Engine:
         new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, dtype=dtype, device=device)
         pinned = lambda t: torch.zeros(t.shape, dtype=t.dtype, pin_memory=cuda)
         self.token, self.position = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
+        self.scale = new(self.L, 4, dtype=torch.float32)
         self.x, self.rope = [new(1, c.n_embd), new(1, c.n_embd)], [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
         self.where = new(1, 2, dtype=torch.float32)
         reach = min(self.size, c.block_size)
@@ -99,7 +106,7 @@ class Engine:
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
         if cuda:  # static shapes: a compilation for each state and bucket, kept on disk by PyTorch
             torch._dynamo.config.recompile_limit = 256
-        self.compiled = torch.compile(Block.forward, dynamic=False, fullgraph=True) if cuda else None
+        self.compiled = torch.compile(block_into, dynamic=False, fullgraph=True) if cuda else None
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
     # What the graphs do
@@ -111,23 +118,20 @@ class Engine:
             torch.index_select(table, 0, self.position, out=here)
         self.mask.zero_().masked_fill_(self.slots > self.position, float("-inf"))
 
-    def run_block(self, i, s, size, scale):
+    def run_block(self, i, s, size):
+        """On a GPU by torch.compile, which merges the small operators between the products, or as it is where that fails."""
         bucket = Bucket(self.cache.k[i], self.cache.v[i], self.position, self.mask, size)
-        self.x[1 - i % 2].copy_(self.forward(self.model.blocks[i], self.x[i % 2], 1, [(s, None)], scale, self.rope, bucket))
-
-    def forward(self, block, x, B, groups, *rest):
-        """Block.forward. On a GPU by torch.compile, which merges the small operators between the products, or as it is where that
-        fails. Not skips: each a_i would be a compilation of its own."""
-        if self.compiled and groups[0][0]:
+        args = self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket
+        if self.compiled:
             try:
-                return self.compiled(block, x, B, groups, *rest)
+                return self.compiled(*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
                 self.compiled = None
                 CHOSEN["block"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
                 print(f"blocks run slower than they could, {CHOSEN['block']}", file=sys.stderr)
-        return Block.forward(block, x, B, groups, *rest)
+        block_into(*args)
 
     def run_scorer(self, scorer, i, blocks):
         q = scorer(scorer.features(self.x[i % 2][None], self.where), blocks)[0, 0]
@@ -143,7 +147,8 @@ class Engine:
             return f
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            f()  # what a first call does (compile, tune) is not allowed in a capture
+            for _ in range(2):  # what first calls do (compile, tune; AOTAutograd runs its first in a mode of its own) is not allowed in a capture
+                f()
         # Kernels keep the address of cuBLAS's workspace: let it lie in the graphs' pool, where nobody who clears the others can free it
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
@@ -173,6 +178,7 @@ class Engine:
         self.policy, self.length, self.sync, self.begun, self.asked, self.price = policy, length, sync, False, None, None
         self.wait()
         self.position.fill_(length - 1)
+        self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
         self.routed = isinstance(policy, Policy)
         if self.routed:
             self.costs.copy_(policy.costs)
@@ -187,7 +193,8 @@ class Engine:
         return [4] if self.routed else self.policy.window(t, 1)[:, 0, 0].tolist()
 
     def begin(self):
-        """Launch the first steps of the token in `token`, which may be known to the device alone."""
+        """Launch what needs no answer of the token in `token`, which may be known to the device alone: the first block and the scorer that
+        reads its output, or all blocks."""
         self.path, self.begun = self.known(self.length), True
         self.length += 1
         if self.routed and self.price != self.policy.mu:
@@ -195,13 +202,20 @@ class Engine:
             with self.backend.stream(self.main if self.sync else self.side):
                 self.copy(self.mu, self.host_mu)
         self.embed()
-        self.block(0)
+        for i in range(len(self.path)):
+            self.block(i)
+        self.launched = len(self.path)
+        if self.routed and self.policy.horizon > 1 and self.L > 1:
+            self.ready.record(self.main)
+            self.ask(1, plan(1, self.L, self.policy.horizon))
 
     def block(self, i):
         """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it."""
         if self.asked and len(self.path) == i:
             self.take()
         blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
+        if blocks and blocks[0] < len(self.path):  # `begin` asked
+            blocks = ()
         first = blocks and (self.sync or len(self.path) == i)
         if blocks:
             self.ready.record(self.main)  # the input of block i
@@ -210,8 +224,8 @@ class Engine:
         if len(self.path) == i:
             self.take()
         s = self.path[i]
-        size, scale = (bucket_of(self.length), 1.0) if s else (self.size, self.policy.scale[i])  # a skip reads no keys
-        self.graph((i, s, scale, size), self.main, self.run_block, i, s, size, scale)()
+        size = bucket_of(self.length) if s else self.size  # a skip reads no keys
+        self.graph((i, s, size), self.main, self.run_block, i, s, size)()
         if blocks and not first:  # the block first: its launch must not wait for the scorer's
             self.ask(i, blocks)
 
@@ -246,7 +260,7 @@ class Engine:
                 self.host_token[0] = token
                 self.copy(self.token, self.host_token)
                 self.begin()
-            for i in range(1, self.L):
+            for i in range(self.launched, self.L):
                 self.block(i)
             states, self.begun = torch.tensor(self.path, dtype=torch.uint8)[:, None], False
             self.head()
@@ -309,23 +323,23 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     cache = engine.cache if engine else KVCache(model, 1, len(ids) + most)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ran, new, seconds = [], [], []
-    step, token = torch.tensor([ids], device=device), None
+    token, came = None, time.perf_counter()
 
     def sample(logits):
         return int(torch.multinomial(((logits - logits.max()) / max(temperature, 1e-30)).softmax(-1).cpu(), 1, generator=generator))
 
     while True:
-        began = time.perf_counter()
         if engine and new:
             token, states = engine.step(token, sample if temperature > 0 else None, more=len(new) + 1 < most)
-            seconds.append(time.perf_counter() - began)
         else:
-            logits = model.logits(model.hidden(step, policy, cache)[:, -1])[0]
+            now = new[-1:] or ids
+            logits = model.logits(model.hidden(torch.tensor([now], device=device), policy, cache)[:, -1])[0]
             token = sample(logits) if temperature > 0 else int(logits.argmax())
-            seconds.append(time.perf_counter() - began)
-            states = torch.full((L, step.shape[1]), 4, dtype=torch.uint8) if policy is None else policy.states[:, 0].cpu()
+            states = torch.full((L, len(now)), 4, dtype=torch.uint8) if policy is None else policy.states[:, 0].cpu()
             if engine:
                 engine.start(policy, len(ids), sync)
+        before, came = came, time.perf_counter()  # from token to token: a GPU is at the next one before this one is here
+        seconds.append(came - before)
         ran.append(states)
         if token in tokenizer.eos:
             break
@@ -335,7 +349,6 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
             on_token(token, decoder.decode(tokenizer.decode_bytes([token]), final=last), states[:, -1])
         if last:
             break
-        step = torch.tensor([[token]], device=device)
     if engine:
         engine.wait()
     step_s = statistics.median(seconds[1:] or seconds)

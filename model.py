@@ -209,7 +209,7 @@ class Block(nn.Module):
         if not executed:
             return skip(scale, h)
         out = h + run(executed, self.mlp, self.norm2(h), h.shape[1])
-        if len(executed) < len(groups) and scale != 1.0:
+        if len(executed) < len(groups) and scale != 1.0:  # `forward` leaves it at 1: attention_half has scaled a skipped block
             skipped = groups[0][1]
             out[skipped] = skip(scale, h[skipped])
         return out
@@ -223,7 +223,7 @@ class Block(nn.Module):
         make none. Returns (B * T, C).
         """
         h = self.attention_half(x, B, groups, scale, rope, cache, i, source, seen)
-        return h if groups[0] == (0, None) else self.mlp_half(h, groups)
+        return self.mlp_half(h, groups) if any(s for s, _ in groups) else h  # all skipped: attention_half has scaled them
 
 
 class LLM(nn.Module):
@@ -247,12 +247,12 @@ class LLM(nn.Module):
         16-bit weights of the head would cost a tenth of a token.
         """
         codes = {} if int4 is None else read_codes(self.codes_file(int4), self.embed.weight.device)
+        self.head_int8 = None
+        if real:
+            self.round_head()  # first: of a large model it needs gigabytes for a moment
         for i, block in enumerate(self.blocks):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
-        self.head_int8 = None
-        if real:
-            self.round_head()
         self.quantized, self.int4, self.engine = True, int4, None  # infer.Engine captured graphs over the old weights
 
     def round_head(self):
@@ -303,7 +303,8 @@ class LLM(nn.Module):
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
         # For the ablations of keys and values: is there a position without any, which tokens run this block, the input of the last block
         # that each token ran (kv "copy"), and which positions may be attended to
-        holes, ran, source, seen = kv == "none" or cache and cache.written is not None, True, None, None
+        holes = kv == "none" or (cache is not None and cache.written is not None)
+        ran, source, seen = True, None, None
         for i, block in enumerate(self.blocks):
             row = i * rows
             if policy is not None:

@@ -17,8 +17,8 @@ Three things are kept apart on purpose:
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
                `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement. For many
-               rows INT8 multiplies by the codes and scales the output; every other case takes the path named "reference":
-               dequantise, then multiply. `kernel` says which one a weight uses.
+               rows INT8 multiplies by the codes and scales the output, and INT4 in aten's layout, which holds nothing else, takes its kernel;
+               every other case takes the path named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -54,7 +54,7 @@ def quantize_int8(weight):
     """
     w = weight.detach().float()
     scale = _bf16(w.abs().amax(dim=1) / 127).clamp(min=1e-20)
-    codes = (w / scale[:, None]).round().clamp(-127, 127)
+    codes = (w / scale[:, None]).round_().clamp_(-127, 127)  # in place: the head of a large model is gigabytes
     return codes.to(torch.int8), scale
 
 
@@ -407,8 +407,10 @@ def row_kernel(name):
 def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
     """x (n, K) -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it
     alone: inlined, what comes before it would be computed again for every row of the weight."""
-    # torch.compile guards on every stride, that of a dimension of 1 too, and tells a Parameter from a Tensor: one compilation for all
-    return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
+    # torch.compile guards on every stride, that of a dimension of 1 too, tells a Parameter from a Tensor, and sees whether its caller is in
+    # inference mode or in the first call of a compiled block: one compilation for all
+    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
+        return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
 
 
 @row_product.register_fake

@@ -107,7 +107,8 @@ def gpt_fast(folder, c, device, context, tokens):
 
 
 def peers(model, tokenizer, ids, tokens, threads, device):
-    """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights: {name: f -> median seconds a token}."""
+    """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights -> ({name: f -> median
+    seconds a token}, packages that are not installed)."""
     out, missing = {}, []
     path = fetch_smollm2()
     try:
@@ -335,7 +336,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
     if peer:
         contenders["gpt-fast"] = peer
     seconds = alternate(contenders)
-    theirs = contenders = peer = None
+    theirs = contenders = peer = None  # frees their weights
     ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
     overhead = beside_blocks(ms["bf16"], ms["half the blocks"], L)
     table = block_times(ms["bf16"], ms["INT8"], ms["INT4"], ms["skipped"], overhead, L)
@@ -365,7 +366,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
     read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
     return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
             "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
-            **{f"bf16 / {peer}": ratio(seconds, peer, "bf16") if peer in seconds else None for peer in ("gpt-fast", "transformers")},
+            **{f"bf16 / {other}": ratio(seconds, other, "bf16") if other in seconds else None for other in ("gpt-fast", "transformers")},
             "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4"),
             "one token": one_token(lambda f: run(policy, on_token=f))}
 

@@ -81,10 +81,11 @@ class Tokenizer:
             raise ValueError("a merge makes a token that the vocabulary lacks")
         self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
         either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
-        self.added_in, self.special_in = either(self.added), either(self.added | special)
+        self.known = self.added | special
+        self.added_in, self.special_in = either(self.added), either(self.known)
         self.table = byte_characters()
         self.characters = {b: ch for ch, b in self.table.items()}
-        self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in (self.added | special).items()}
+        self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in self.known.items()}
         self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
         if not all(type(i) is int and i >= 0 for i in self.texts) or not {*template[0], *template[1]} <= self.texts.keys():
             raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
@@ -128,10 +129,10 @@ class Tokenizer:
         """
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate has no bytes
         tokens = self.special_in if allowed_special == "all" else self.added_in
-        ids, known = [], self.added | self.special
+        ids = []
         for n, part in enumerate(tokens.split(text) if tokens else [text]):
             if n % 2:
-                ids.append(known[part])
+                ids.append(self.known[part])
                 continue
             part = self.normalize(part, n == 0)
             if self.bpe and part and set(part.encode()).isdisjoint(self.missing):

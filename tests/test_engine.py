@@ -13,7 +13,7 @@ import quant
 import speed
 from charts import draw
 from conftest import script, tiny_folder
-from infer import Engine, bucket_of, engine_for, generate
+from infer import Engine, block_into, bucket_of, engine_for, generate
 from model import check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
@@ -243,6 +243,32 @@ def test_one_compilation_serves_parameters_copies_and_the_last_row_of_any_prompt
     for x in (torch.randn(1, 64).bfloat16(), *(torch.randn(1, T, 64).bfloat16()[:, -1] for T in (2, 5))):
         for w in (weight, weight.detach().clone()):
             assert torch.equal(quant.row_product("bf16 compiled", x, [w], 8), quant.bf16_row(x, w))
+
+
+def test_a_product_inside_a_compiled_block_is_compiled_once(monkeypatch):
+    """Whoever calls: `choose`, the first call of a compiled block, those after it. One that compiled in a capture would break it."""
+    torch._dynamo.reset()
+    made = []
+    kernel = torch.compile(quant.bf16_row, backend=lambda gm, _: made.append(1) or gm.forward, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(quant, "row_kernel", lambda name: kernel)
+    weight, x = torch.nn.Parameter(torch.randn(8, 64).bfloat16(), requires_grad=False), torch.randn(1, 64).bfloat16()
+    block = torch.compile(lambda x: quant.row_product("bf16 compiled", x * 2, [weight], 8), backend="aot_eager", fullgraph=True)
+    quant.row_product("bf16 compiled", x, [weight], 8)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(block(x), quant.bf16_row(x * 2, weight))
+    assert len(made) == 1
+
+
+@torch.no_grad()
+def test_one_compilation_of_a_state_serves_every_block(tiny, monkeypatch):
+    torch._dynamo.reset()
+    model, _ = load(str(tiny))
+    model.quantize()
+    made, engine = [], Engine(model, 200)
+    engine.compiled = torch.compile(block_into, backend=lambda gm, _: made.append(1) or gm.forward, fullgraph=True, dynamic=False)
+    compare(model, Fixed([4, 0, 0, 1], [1.0, 0.7, 0.9, 1.0]), engine, 10)
+    assert engine.compiled and len(made) == 3  # skip, INT4 and full; both skips have a scale of their own
 
 
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
