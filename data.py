@@ -57,10 +57,20 @@ def rows_of(name, split=None, data_dir=None):
     for n, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=once)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
             except (ValueError, RecursionError) as e:
                 raise ValueError(f"{path}, line {n}: {e!r}; expected JSON") from None
             yield f"{path}, line {n}", row
+
+
+def once(pairs):
+    """What of JSON's (key, value) pairs makes a dict; ValueError where it would lose one."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key stands twice")
+    return row
 
 
 def read_text(path):
@@ -72,6 +82,8 @@ def read_text(path):
         text = path.read_bytes().decode("utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}, line {e.object[: e.start].count(10) + 1}, is not UTF-8 text (byte {e.start}); convert it first") from None
+    if "\0" in text:  # every second byte of English in UTF-16
+        raise ValueError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}, has a zero byte: this is UTF-16, or no text; convert it first")
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text")
     return text
@@ -97,8 +109,9 @@ CHOICE_TASKS = ("arc_easy", "arc_challenge", "mmlu", "mmlu_5shot")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def is_choice(name):
-    return name in CHOICE_TASKS or str(name).endswith(".jsonl")
+def is_choice(name, choice=None):
+    """Whether a task or a file holds items; `choice` decides it if it is given."""
+    return name in CHOICE_TASKS or str(name).endswith(".jsonl") if choice is None else choice
 
 
 def load_text(name, split, data_dir=None, choice=None):
@@ -108,7 +121,7 @@ def load_text(name, split, data_dir=None, choice=None):
     """
     if name == "pydocs":
         return pydocs(split)
-    if is_choice(name) if choice is None else choice:
+    if is_choice(name, choice):
         parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "cnn_dm":
@@ -125,8 +138,8 @@ def load_text(name, split, data_dir=None, choice=None):
 
 
 def load_items(name, split, data_dir=None):
-    """Multiple-choice items of a task, from data_dir or the hub, or of a JSONL file: [{"question", "choices", "answer"}],
-    mmlu_5shot with "shots".
+    """Multiple-choice items of a task, from data_dir or the hub, or of a JSONL file: [{"question", "choices", "answer",
+    "place"}], of mmlu with "subject", of mmlu_5shot with "shots"; place says which file and line it is from.
 
     A file's last fifth is "test", the rest "train"; split None gives all. Errors name the path and the line.
     """
@@ -134,15 +147,23 @@ def load_items(name, split, data_dir=None):
     for place, item in rows_of("mmlu" if name == "mmlu_5shot" else name, split, data_dir):
         try:
             if "answerKey" in item:  # ARC as the hub has it
-                labels = item["choices"]["label"]
-                item = {"question": item["question"], "choices": item["choices"]["text"], "answer": labels.index(item["answerKey"])}
+                labels, texts = item["choices"]["label"], item["choices"]["text"]
+                if type(labels) is not list or len(set(labels)) != len(texts):
+                    raise ValueError("the labels do not fit the choices")
+                item = {"question": item["question"], "choices": texts, "answer": labels.index(item["answerKey"])}
             choices, answer = item["choices"], item["answer"]
             texts = [item["question"], item.get("subject", ""), *choices]
-            if type(choices) is not list or not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS) or "" in choices:
+            if type(choices) is not list or not all(isinstance(t, str) for t in texts) or not 2 <= len(choices) <= len(LETTERS):
                 raise ValueError(f"question, subject or choices are no text, or not 2 to {len(LETTERS)} choices")
+            if not all(choice.strip() for choice in choices):
+                raise ValueError("a choice is empty")
+            "".join(texts).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
             if type(answer) is not int or not 0 <= answer < len(choices):
-                raise ValueError(f"answer {answer!r} is no index of the choices")
-            items.append({key: item[key] for key in ("subject", "question", "choices", "answer") if key in item})
+                raise ValueError(f"answer {str(answer)[:60]!r} is no index of the choices")
+            if name in ("mmlu", "mmlu_5shot"):
+                item["subject"]  # which its prompt names
+            kept = ("question", "choices", "answer") if name in ("arc_easy", "arc_challenge") else ("subject", "question", "choices", "answer")
+            items.append({key: item[key] for key in kept if key in item} | {"place": place})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{place}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
     if name == "mmlu_5shot":
@@ -163,8 +184,8 @@ def load_articles(name, split, data_dir=None):
     """Articles of cnn_dm, from data_dir or the hub, or of a JSONL file: [{"id", "article", "highlights"}]. Errors name path and line."""
     rows = []
     for place, row in rows_of(name, split, data_dir):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("id", "article", "highlights")):
-            raise ValueError(f"{place}: expected {{id, article, highlights}}, all text")
+        if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("id", "article", "highlights")):
+            raise ValueError(f"{place}: expected {{id, article, highlights}}, all text and none empty")
         rows.append(row)
     return rows
 
@@ -218,21 +239,20 @@ def text_examples(rows):
     return [Example(row[None], [len(row)]) for row in rows]
 
 
-def item_examples(tokenizer, items, longest, device, where="the items"):
-    """Items -> Examples; choices that differ in their last token only share one row. ValueError names the item, of those in `where`,
-    whose choice is too long or has no token."""
+def item_examples(tokenizer, items, longest, device):
+    """Items -> Examples; choices that differ in their last token only share one row. ValueError names the place of an item whose choice
+    is too long or has no token."""
     out = []
-    for n, item in enumerate(items, 1):
+    for item in items:
         context, choices = question(item)
         start, rows, spans = len(tokenizer.encode(context, add_special_tokens=True)), [], []
         for choice in choices:
             ids = tokenizer.encode(context + choice, add_special_tokens=True)
             if len(ids) <= start:  # a sum over nothing would be the likeliest of all
-                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: the choice {choice[1:]!r} adds no token, so it has no likelihood")
+                raise ValueError(f"{item['place']}: the choice {choice[1:]!r} adds no token, so it has no likelihood")
             cut = max(0, len(ids) - 1 - longest)  # as the harness does, a question that is too long loses its beginning
             if cut >= start:
-                raise ValueError(f"item {n} of {where}, {item['question'][:60]!r}: a choice of {len(ids) - start} tokens does not fit into the "
-                                 f"context of {longest}")
+                raise ValueError(f"{item['place']}: a choice of {len(ids) - start} tokens does not fit into the context of {longest}")
             row = ids[cut:-1]
             if row not in rows:
                 rows.append(row)
@@ -247,11 +267,11 @@ def item_examples(tokenizer, items, longest, device, where="the items"):
 def load_examples(name, split, tokenizer, n, size, data_dir=None, device="cpu", spread=False, choice=None):
     """Up to n Examples, on the device, of a task or file (see `load_text`, also for `choice`): windows of `size` tokens, or items of at
     most `size` tokens. spread: windows over the whole text, not from its start."""
-    if is_choice(name) if choice is None else choice:
+    if is_choice(name, choice):
         items = load_items(name, split, data_dir)
         if name in CHOICE_TASKS and data_dir is None:
             random.Random(0).shuffle(items)  # the hub has mmlu subject by subject, and the first few are to stand for all
-        return item_examples(tokenizer, items[:n], size, device, name)
+        return item_examples(tokenizer, items[:n], size, device)
     return text_examples(windows(tokenizer, load_text(name, split, data_dir, choice), n, size, name, spread).to(device))
 
 

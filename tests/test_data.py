@@ -28,7 +28,7 @@ def test_a_file_may_have_blank_lines_and_odd_separators(tmp_path):
     odd = ITEMS[0] | {"question": "a\u2028b\x85c"}
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(odd, ensure_ascii=False) + "\n\n" + json.dumps(ITEMS[1]) + "\n", encoding="utf-8")
-    assert load_items(file, None) == [odd, ITEMS[1]]
+    assert load_items(file, None) == [odd | {"place": f"{file}, line 1"}, ITEMS[1] | {"place": f"{file}, line 3"}]
 
 
 @torch.no_grad()
@@ -91,7 +91,14 @@ def test_reward_of_an_item_is_plus_or_minus_one(tiny):
                                         ('{"question": "a", "choices": ["b", "c"], "answer": 2}', "answer"), ("[]", "line 2"),
                                         ('{"question": "a", "subject": 3, "choices": ["b", "c"], "answer": 1}', "subject"),
                                         ('{"question": "a", "choices": {"text": "b", "label": "c"}, "answer": 1}', "choices"),
-                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": null}, "answerKey": "A"}', "line 2")])
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": null}, "answerKey": "A"}', "line 2"),
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": "AB"}, "answerKey": "A"}', "labels"),
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "A"]}, "answerKey": "A"}', "labels"),
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": ["A"]}, "answerKey": "A"}', "labels"),
+                                        ('{"question": "a", "choices": ["b", "c"], "answer": 0, "answer": 1}', "twice"),
+                                        ('{"question": "a", "choices": ["b", " "], "answer": 1}', "a choice is empty"),
+                                        ('{"question": "a", "choices": ["b", "\\ud800"], "answer": 1}', "surrogates"),
+                                        ("null", "no JSON object"), ("3", "no JSON object")])
 def test_bad_items_are_named(tmp_path, line, word):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + line)
@@ -103,7 +110,7 @@ def test_bad_items_are_named(tmp_path, line, word):
 def test_a_long_question_loses_its_beginning():
     """As in lm-evaluation-harness: the choice and as much before it as fits. A choice that does not fit itself is an error."""
     by_byte = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})()
-    item = {"question": "Where did the cat sit?", "choices": ["mat", "lap of the dog"], "answer": 0}
+    item = {"question": "Where did the cat sit?", "choices": ["mat", "lap of the dog"], "answer": 0, "place": "some.jsonl, line 3"}
     context = len("Question: Where did the cat sit?\nAnswer:")
     [example] = item_examples(by_byte, [item], 20, "cpu")
     for (row, start, ids), choice in zip(example.choices, (" mat", " lap of the dog")):
@@ -112,8 +119,8 @@ def test_a_long_question_loses_its_beginning():
         assert text == f"Question: {item['question']}\nAnswer:{choice}"[-21:-1]
     [whole] = item_examples(by_byte, [item], 100, "cpu")
     assert all(start == context for _, start, _ in whole.choices)
-    with pytest.raises(ValueError, match="item 1 of some.jsonl, .* context of 10"):
-        item_examples(by_byte, [item], 10, "cpu", "some.jsonl")
+    with pytest.raises(ValueError, match="some.jsonl, line 3: .* context of 10"):
+        item_examples(by_byte, [item], 10, "cpu")
 
 
 def test_one_item_is_too_few_to_learn_from(tmp_path):
@@ -136,6 +143,19 @@ def test_encodings(tmp_path):
     (tmp_path / "latin.txt").write_bytes("one\ntwo\nna\u00efve".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.txt, line 3"):
         load_text(tmp_path / "latin.txt", None)
+    (tmp_path / "wide.txt").write_bytes("one\ntwo".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="wide.txt, line 1, has a zero byte"):
+        load_text(tmp_path / "wide.txt", None)
+
+
+def test_only_the_prompts_of_mmlu_name_a_subject(tmp_path):
+    for task in ("mmlu", "arc_easy"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "test.jsonl").write_text(json.dumps(ITEMS[1]))
+    assert "subject" in load_items("mmlu", "test", tmp_path)[0] and "subject" not in load_items("arc_easy", "test", tmp_path)[0]
+    (tmp_path / "mmlu" / "test.jsonl").write_text(json.dumps(ITEMS[0]))
+    with pytest.raises(ValueError, match="test.jsonl, line 1: .*subject"):
+        load_items("mmlu", "test", tmp_path)
 
 
 def test_bad_articles_are_named(tmp_path):

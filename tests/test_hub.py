@@ -190,7 +190,9 @@ def test_rows_are_the_same_from_the_hub_and_from_a_folder(hub, tmp_path):
                   "for d in (None, DIR) for s in ('train', 'test')]").replace("DIR", repr(str(folder)))
     done = read(everything, env)
     assert done.returncode == 0, done.stderr
-    train, test, train_there, test_there = json.loads(done.stdout)
+    rows = json.loads(done.stdout)
+    assert {item.pop("place").split(" ")[-1] for row in rows for items in row[2:] for item in items} >= {"1", "2"}
+    train, test, train_there, test_there = rows
     assert train == train_there and test == test_there and train != test
     assert not any("validation" in path and "mmlu" not in path for path in asked if "/resolve/" in path)  # only the split that is read
     count = len(asked)
