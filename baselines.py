@@ -1,8 +1,8 @@
 """The compared methods as policies: each says in which state every token runs every block, one routed forward runs them all.
 
-A method is a function of what is known (`Known`) and of the speedup it is asked for (in bits). It returns what `LLM.forward`
-takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T) that returns one.
-ValueError where the speedup is out of reach.
+A method is a function of what is known (`Known`) and of the speedup it is asked for (in bits). It returns states (L,) for all
+tokens, or what `LLM.forward` takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T)
+that returns one. ValueError where the speedup is out of reach by skipping.
 
     full, int8, int4   every block as loaded, in INT8, in INT4 (the speedup asked for is ignored; theirs is reported)
     static_skip        the blocks whose input and output are most similar, skipped for every token, unscaled (ShortGPT, arXiv
@@ -22,8 +22,8 @@ ValueError where the speedup is out of reach.
     position_mix       a state for each block and position, blind to content, by the labels' means
 
 The mixes and best_static are ours, to ask what choosing per token is worth at equal cost. `compare` measures all of them. Keys
-and values: where what is skipped is the same for all tokens or only grows along the text, no later token asks for them, so they
-are not made and a skip costs nothing (kv "none"); for confident_exit, random_skip and the mixes a skip fills them, as for DASH.
+and values: where what is skipped is the same for all tokens (static_mix and best_static too) or only grows along the text, no later
+token asks for them, so they are not made and a skip costs nothing (kv "none"); elsewhere a skip fills them, as for DASH.
 The first block runs in state 4 and, but for the exits, the last one runs too; adaskip alone is free to skip either.
 """
 

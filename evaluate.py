@@ -27,7 +27,8 @@ from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile
 
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
-METHODS = ("full", "int8", "int4", *SKIPS, "static_mix", "position_mix", "random_mix", "dash")
+ALONE, MIXES = ("full", "int8", "int4"), ("static_mix", "position_mix", "random_mix", "dash")
+METHODS = (*ALONE, *SKIPS, *MIXES)
 TEXTS = ("lm", "wikitext2", "cnn_dm")  # tasks that are text; the others are multiple choice
 TASKS = {"wikitext2": 4, "cnn_dm": 4, "mmlu": 24, "mmlu_5shot": 5, "arc_challenge": 20, "arc_easy": 20}  # examples without --full
 PAPERS = {"wikitext2": "wikitext2_ppl", "cnn_dm": "cnn_dm_rougeL", "mmlu": "mmlu_acc", "mmlu_5shot": "mmlu_acc",
@@ -55,8 +56,7 @@ def folders(args, tasks):
     """Those of `tasks` that --data-dir has, or held-out pydocs where there is no such folder. ValueError when it has none."""
     if not args.data_dir:
         return ["lm"]
-    needed = lambda t: "mmlu/dev.jsonl" if t == "mmlu_5shot" else t
-    found = [t for t in tasks if (Path(args.data_dir) / needed(t)).exists()]
+    found = [t for t in tasks if (Path(args.data_dir) / ("mmlu/dev.jsonl" if t == "mmlu_5shot" else t)).exists()]
     if not found:
         raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
     return found
@@ -80,9 +80,9 @@ def known_of(model, policy, seed):
 
 
 def make_policy(method, speedup, known, model, policy, path):
-    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name; measures what it has to go by."""
+    """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name (baselines.py); measures what it goes by."""
     top = most_speedup(known.L, bit_costs(model.config))
-    if method not in ("full", "int8", "int4") and not 1 <= speedup <= top:
+    if method not in ALONE and not 1 <= speedup <= top:
         raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {top:.2f}")
     if method in ("dash", "position_mix") and policy is None:
         read_policy(path, model, True)  # says why there is none
@@ -90,12 +90,13 @@ def make_policy(method, speedup, known, model, policy, path):
         return copy.copy(policy).at(speedup, track=True)
     if method == "position_mix" and known.position_damage is None:
         raise ValueError(f"{path} has no position_damage, which {method} goes by; train it again with train.py --objective fisher")
-    if method in SKIPS and known.similarity is None:
+    if method not in (*ALONE, *MIXES) and known.similarity is None:
         baselines.observe(known, model)
     if method == "static_mix" and known.damage is None:
         known.scale = profile(model, known.samples)["norm_ratio"].tolist()
         known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
-    return getattr(baselines, method)(known, speedup)
+    found = getattr(baselines, method)(known, speedup)
+    return baselines.one_plan(found) if torch.is_tensor(found) else found
 
 
 def with_kv(policy, kv):
@@ -170,7 +171,7 @@ def summaries(model, tokenizer, articles, policies):
             states.append(out["states"])
         states = torch.cat(states, 1)
         rows.append({"each": {"rougeL": each}, "rougeL": sum(each) / len(each), "states": state_shares(states), "tokens": states.shape[1],
-                     "speedup": speedup_bits(states, bit_costs(model.config, None if policy is None else routed))})
+                     "speedup": speedup_bits(states, bit_costs(model.config, routed))})
     return rows
 
 

@@ -39,6 +39,7 @@ def table(args):
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
         how = "in bits and measured in batch-1 decoding, median of 5 rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
+        how += "; static_mix goes by the means of labels"
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
                    f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
         publish(args, f"table-{task}", model, caption=caption, markdown=markdown, metric=metric, rows=rows,
@@ -90,7 +91,7 @@ def frontier(args):
     task = one_text(args)
     if task not in TEXTS:
         raise ValueError(f"frontier --task {task}: it measures text; give {', '.join(TEXTS)}")
-    model, tokenizer, policies, known, examples = at_hand(args, task, 8, policy_path(args, task))
+    model, tokenizer, policies, known, examples = at_hand(args, task, 3, policy_path(args, task))
     policy, device, size = policies[0], known.samples.device, min(LONG, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")

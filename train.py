@@ -170,7 +170,7 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     print("\n" + markdown)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
-    caption = f"Held-out {args.data}, {f'{len(test)} items, ' if choice else ''}{tokens} tokens, fp32, {how}; {seconds} s in all."
+    caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
     states, L = rows[1]["raw"], model.config.n_layer
     save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,

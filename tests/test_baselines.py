@@ -1,14 +1,16 @@
 """The compared methods, states of sublayers, and the three ways to keep the keys and values of skipped tokens."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import baselines
+import charts
 from conftest import tiny_folder
-from evaluate import METHODS, SKIPS
+from evaluate import METHODS, SKIPS, make_policy
 from model import KVCache, load
 from policy import Fixed, bit_costs, mean_cost, plan, rewards, speedup_bits
 from test_routing import agree, decode, random_policy
@@ -274,3 +276,22 @@ def test_horizon_0_reads_the_blocks_own_input(model):
 def test_rewards_without_weights():
     R = rewards(torch.tensor([4, 0, 2]), torch.tensor(-0.5), beta=0.2, weights=False)
     assert R.tolist() == pytest.approx([-0.5, -0.3, -0.4])
+
+
+@torch.no_grad()
+def test_a_static_plan_pays_for_no_keys_that_nobody_reads(model, known):
+    damage = torch.tensor([[0.0] * 4] + [[0.1, 3, 2, 0]] * (L - 2) + [[9, 3, 2, 0]])  # skipping is the least harm
+    plan = baselines.static_mix(replace(known, damage=damage), 32 / 12)
+    assert plan.kv == "none" and (plan.given == 0).any()
+    assert mean_cost(plan.given, bit_costs(model.config, plan)) == pytest.approx(12 / 8)  # with keys and values one block more would have to go
+    tokens = torch.randint(0, 300, (2, 30))
+    assert torch.allclose(model(tokens, plan), model(tokens, Fixed(plan.given, plan.scale)), atol=1e-4)
+
+
+def test_a_new_method_is_a_function_that_returns_states(model, known, monkeypatch):
+    """With its name in SKIPS it is in the tables, and in their pictures however many there are."""
+    monkeypatch.setattr(baselines, "odd", lambda known, speedup: torch.where(known.similarity.mean(1) > 2, 0, 4), raising=False)
+    policy = make_policy("odd", 1.33, baselines.Known(L, known.costs, samples=known.samples), model, None, "no policy")
+    assert isinstance(policy, Fixed) and policy.given.tolist() == [4] * L
+    rows = [{"method": f"method {n}", "target": 1.33, "speedup": 1.3, "value": 0.5} for n in range(12)]
+    charts.table({"rows": rows, "metric": "accuracy", "caption": "arc_easy, test"})

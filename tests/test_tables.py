@@ -89,7 +89,7 @@ def test_table(made, data):
         if task == "arc_challenge":
             assert "missing" in rows["dash", 2.0] and "no policy" in r["markdown"] and "train.py --data arc_challenge" in r["caption"]
         else:
-            assert rows["dash", 2.0]["speedup"] > 1 and rows["dash", 3.2]["target"] == 3.2
+            assert rows["dash", 2.0]["speedup"] == pytest.approx(2.0, rel=0.5 if task == "cnn_dm" else 0.1) and rows["dash", 3.2]["target"] == 3.2
 
 
 def test_the_papers_numbers_are_not_ours():
@@ -187,8 +187,8 @@ def test_accuracy_is_the_harness_acc(made, data):
 
 def test_a_choice_without_tokens_is_refused():
     drops_x = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.replace("x", "").rstrip(" ").encode()))})()
-    with pytest.raises(ValueError, match="adds no token"):
-        item_examples(drops_x, [{"question": "a", "choices": ["b", "x"], "answer": 0}], 100, "cpu")
+    with pytest.raises(ValueError, match="x.jsonl, line 1: .* adds no token"):
+        item_examples(drops_x, [{"question": "a", "choices": ["b", "x"], "answer": 0, "place": "x.jsonl, line 1"}], 100, "cpu")
 
 
 def test_articles(data, tmp_path):
