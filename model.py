@@ -391,8 +391,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
             folder = fetch_from_hub(str(name))
         config, tensors, tokenizer = read_hf(folder)
         source = f"safetensors of {name}"
-    if dtype == torch.bfloat16:
-        check_gpu(config, device, plain=not routed)
+    check_gpu(config, device, dtype, plain=not routed)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding {config.vocab_size}")
     with torch.device("meta"):
@@ -405,19 +404,25 @@ def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def check_gpu(c, device, plain=False):
-    """ValueError when the device is a GPU that cannot decode a model of this configuration: it has no bf16, or no room for the weights in
-    bf16, INT8, INT4 and an INT8 head (`plain`: in bf16, and the head). 7B take 24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values."""
+def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
+    """ValueError when the device is a GPU that cannot run a model of this configuration.
+
+    To decode, in bf16: it has no bf16, or no room for the weights in bf16, INT8, INT4 and an INT8 head (`plain`: in bf16, and the head). 7B take
+    24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values. To measure and train, in fp32: no room for the weights in fp32 and the
+    codes of both precisions in a byte each; 7B take 41 to 44 GB, and activations.
+    """
     if torch.device(device).type != "cuda":
         return
     name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
     kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
     bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
     alone = bf16 + head
     need = alone + (0 if plain else linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low)
+    if dtype == torch.float32:
+        need, plain = 2 * bf16 + (2 + 8 / GROUP) * linears, True
     if need > free:
         other = f"in bf16 alone (--full) they take {alone / 1e9:.1f} GB; " if alone < free and not plain else ""
         raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"

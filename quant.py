@@ -221,12 +221,17 @@ def fake_quantize(weight, state):
 
 
 class FakeWeight:
-    """A dequantised weight (N, K): x (n, K) -> x W^T (n, N). Fastest for many tokens at once, largest in memory."""
+    """A dequantised weight (N, K), which `make()` gives: x (n, K) -> x W^T (n, N). Fastest for many tokens at once; kept, the largest in
+    memory, or made anew at every call."""
 
     kernel = "fake"
 
-    def __init__(self, weight):
-        self.weight = weight
+    def __init__(self, make, keep=True):
+        self.kept, self.make = (make(), None) if keep else (None, make)
+
+    @property
+    def weight(self):
+        return self.make() if self.kept is None else self.kept
 
     def tensors(self):
         return [self.weight]
@@ -514,7 +519,8 @@ class RoutedLinear(nn.Module):
                 chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
                 self.linear = linear_by_row if chosen == "bf16 compiled" else product
         else:
-            dense = dequantize_int4(*int4).to(dtype)
-            self.low = {1: FakeWeight(dense), 2: FakeWeight(dequantize_int8(*int8).to(dtype))}
+            keep = not self.weight.is_cuda  # 7B parameters in fp32 twice more are 54 GB; a GPU makes them anew in no time
+            fake = lambda dequantize, *codes: FakeWeight(lambda: dequantize(*codes).to(dtype), keep)
+            self.low = {1: fake(dequantize_int4, *int4), 2: fake(dequantize_int8, *int8)}
             if fill_from is not None:
-                self.low["fill"] = FakeWeight(dense[fill_from:])
+                self.low["fill"] = fake(dequantize_int4, *(t[fill_from:] for t in int4))

@@ -362,6 +362,10 @@ def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
     for config in speed.SHAPES.values():
         check_gpu(config, "cuda")
+        with pytest.raises(ValueError, match=r"4[0-9]\.[0-9] GB of weights"):
+            check_gpu(config, "cuda", torch.float32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (80 * 10**9, 80 * 10**9))
+    check_gpu(config, "cuda", torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant import (AVX2, GROUP, Int4Weight, Int8Weight, RoutedLinear, bag_codes, bag_row, bag_table, dequantize_int4, dequantize_int8,
+from quant import (AVX2, GROUP, FakeWeight, Int4Weight, Int8Weight, RoutedLinear, bag_codes, bag_row, bag_table, dequantize_int4, dequantize_int8,
                    fake_quantize, gptq_int4, pack_nibbles, quantize_int4, quantize_int8, unpack_nibbles)
 
 SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192), (2000, 600)]
@@ -119,3 +119,13 @@ def test_a_bag_is_a_product(N, K):
 def test_nibbles():
     codes = torch.randint(0, 16, (5, 7), dtype=torch.uint8)
     assert pack_nibbles(codes).shape == (5, 4) and torch.equal(unpack_nibbles(pack_nibbles(codes), 7), codes)
+
+
+def test_a_fake_weight_made_anew_is_the_kept_one():
+    codes = quantize_int4(torch.randn(5, 128))
+    made = []
+    make = lambda: made.append(1) or dequantize_int4(*codes)
+    kept, anew, x = FakeWeight(make), FakeWeight(make, keep=False), torch.randn(3, 128)
+    for _ in range(2):
+        assert torch.equal(kept(x), anew(x))
+    assert len(made) == 3
