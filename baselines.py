@@ -372,9 +372,9 @@ def quotient(a, b):
     return sum(a) / sum(b), bootstrap(lambda a, b: a.sum(1) / b.sum(1), a, b)
 
 
-def spread(values, base=None, unit=1, form=".4f"):
+def spread(values, base=0, unit=1, form=".4f"):
     """The mean of values (n,), or of their paired difference to base (n,), with its 95% interval, as text."""
-    values, base = (torch.as_tensor(v, dtype=torch.float64) for v in (values, 0 if base is None else base))
+    values, base = (torch.as_tensor(v, dtype=torch.float64) for v in (values, base))
     low, high = interval(unit * (values - base))
     return f"{(unit * (values - base)).mean():{form}} [{low:{form}}, {high:{form}}]"
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from baselines import interval, quotient
-from common import read_json, refusing, write_whole
+from common import by, read_json, refusing, write_whole
 
 SHADES = (("4", "full", "#1b4965"), ("2", "INT8", "#5fa8d3"), ("1", "INT4", "#bee9e8"), ("0", "skip", "#e8e8e8"))  # of the states
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend at the right of its panel
@@ -46,14 +46,6 @@ def draw(file):
 def task_of(r):
     task = r["caption"].split(",")[0]
     return "pydocs" if task == "lm" and "--file" not in r["command"] else task
-
-
-def by(rows, key):
-    """rows in groups of the same key: {value: [row]}, in order."""
-    out = {}
-    for row in rows:
-        out.setdefault(row[key], []).append(row)
-    return out
 
 
 def shares(axes, places, each, **labels):

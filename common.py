@@ -10,8 +10,10 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -139,11 +141,11 @@ class Checkpoint:
         """The steps of a training that are left: yields (step, progress bar). Puts parameters, {name: tensor} that the optimizer trains,
         optimizer and generator back before the first; writes them, and what `more` returns, after every so many and after the last."""
         start = self.meta["step"]
-        for name, p in parameters.items() if start else ():
-            prefix = f"adam.{name}."
-            p.data.copy_(self.tensors[name])
-            optimizer.state[p] = {k[len(prefix):]: v.to(p.device if v.dim() else "cpu") for k, v in self.tensors.items() if k.startswith(prefix)}
         if start:
+            for name, p in parameters.items():
+                p.data.copy_(self.tensors[name])
+                adam = {k.removeprefix(f"adam.{name}."): v for k, v in self.tensors.items() if k.startswith(f"adam.{name}.")}
+                optimizer.state[p] = {k: v.to(p.device if v.dim() else "cpu") for k, v in adam.items()}
             generator.set_state(self.tensors["generator"])
         bar = tqdm(range(start, total), desc=what, initial=start, total=total)
         for step in bar:
@@ -172,11 +174,16 @@ def format_table(header, rows):
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
+def by(rows, key):
+    """rows in groups of the same key: {value: [row]}, in order."""
+    out = {}
+    for row in rows:
+        out.setdefault(row[key], []).append(row)
+    return out
+
+
 def save_result(path, device, model, seed, **content):
     """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
-    import platform
-    from importlib import metadata
-
     versions = {}
     for name in ("transformers", "llama-cpp-python"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -191,8 +198,6 @@ def device_name(device):
     """What a reader of a number wants to know of the device: its name, and for a CPU the machine's cores and their vector unit."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    import platform
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -239,6 +239,17 @@ def text_examples(rows):
     return [Example(row[None], [len(row)]) for row in rows]
 
 
+PIECE = 128  # tokens of a sequence, where a window is too long to be one
+
+
+def pieces(examples):
+    """Windows of text -> sequences of PIECE tokens; items are sequences as they are."""
+    if examples[0].choices is not None:
+        return examples
+    size = min(PIECE, examples[0].rows.shape[1])
+    return text_examples(torch.cat([row for e in examples for row in e.rows.split(size, 1) if row.shape[1] == size]))
+
+
 def item_examples(tokenizer, items, longest, device):
     """Items -> Examples; choices that differ in their last token only share one row. ValueError names the place of an item whose choice
     is too long or has no token."""

@@ -22,12 +22,11 @@ import baselines
 import routers
 from baselines import bootstrap, compare, public, spread
 from common import format_table
-from data import load_text, text_examples, windows
+from data import load_text, pieces, text_examples, windows
 from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
                       summaries, variant, with_kv)
 from infer import generate
 from model import with_blocks
-from oracle import pieces
 from policy import bit_costs, mean_cost, most_speedup
 
 
@@ -212,7 +211,7 @@ def retain(args):
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
         texts, metric = examples if task == "cnn_dm" else pieces(examples), metric_of(task)
-        # as in `frontier`, at the price that meets the cost on this text; summaries keep to it while they are generated
+        # as in `frontier`, at the price that meets the cost on this text; summaries are generated at the same
         priced = variant(policy, model, texts, [L / (L - n) for n in asked]) if policy else [None] * len(asked)
         examples = some_articles(args, 2) if task == "cnn_dm" else texts
         measure = lambda m, policies: (summaries(m, tokenizer, examples, policies) if task == "cnn_dm" else compare(m, examples, policies))
@@ -229,16 +228,15 @@ def retain(args):
                 short[n] = laco(model, pydocs.to(known.samples.device), n)
             found += [("LaCo", n, r | {"speedup": L / (L - n)}) for r in measure(short[n], [None])]
         key, statistic = METRICS[metric]
-        worth = lambda each: 1 / statistic(each) if metric == "perplexity" else statistic(each)
-        full = found[0][2]["each"][key]
-        whole, n_of[task] = worth(torch.tensor(full, dtype=torch.float64)), len(examples)
+        full = torch.tensor(found[0][2]["each"][key], dtype=torch.float64)
+        whole, n_of[task] = statistic(full).item(), len(examples)
+        left = lambda a, b: (b - a).mean(-1).exp() if metric == "perplexity" else (1 + (a - b).mean(-1) / whole).clamp(min=0)
         for method, n, r in found:
             each = torch.tensor(r["each"][key], dtype=torch.float64)
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
-                paired = lambda a, b: (b - a).mean(1).exp() if metric == "perplexity" else (1 + (a - b).mean(1) / whole).clamp(min=0)
-                rows[-1] |= {"retained": (worth(each) / whole).item(), "interval": bootstrap(paired, r["each"][key], full)}
+                rows[-1] |= {"retained": left(each, full).item(), "interval": bootstrap(left, each, full)}
     of, cells = {(r["method"], r["skipped"], r["task"]): r for r in rows}, []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
         line, cell = [of.get((method, n, t)) for t in tasks], lambda r: f"{r['value']:.4g}"

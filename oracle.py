@@ -29,22 +29,11 @@ from tqdm import tqdm
 import baselines
 from baselines import interval, spread
 from common import format_table
-from data import outcomes, text_examples
+from data import PIECE, outcomes, pieces, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
                       summary_prompt, variant)
 from infer import generate
 from policy import Fixed, bit_costs, mean_cost
-
-PIECE = 128  # tokens of a sequence of text
-
-
-def pieces(examples):
-    """Windows of text -> sequences of PIECE tokens; items are sequences as they are."""
-    if examples[0].choices is not None:
-        return examples
-    size = min(PIECE, examples[0].rows.shape[1])
-    return text_examples(torch.cat([row for e in examples for row in e.rows.split(size, 1) if row.shape[1] == size]))
-
 
 # ----------------------------------------------------------------------------------------------------------
 # hidden
@@ -86,20 +75,19 @@ def hidden(args):
     said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} "
             f"of them by more than the 95% interval: that skipping beats exiting {holds} here.")
     tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *map(spread, three)] for k, three in zip(kept, found)])]
-    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
-               "state to the full model's [95% interval over sequences]. ")
-    rows = []
+    rows, below = [], "No summaries: they need cnn_dm in --data-dir and no other --task."
     if articles:
+        below = f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)."
         few = sorted({max(1, L * k // 30) for k in (1, 2, 4)})
         rows = summaries(model, tokenizer, articles, [None, *(p for n in few for p in skipping(known, n))])
         lines = {"full model": rows[:1]} | {way: rows[1 + k :: len(WAYS)] for k, way in enumerate(WAYS)}
         uniform, exit = (torch.tensor([r["each"]["rougeL"] for r in lines[way]]).mean(0) for way in WAYS[:2])
         said += f" Rouge-L of its summaries less that of exiting, mean of the columns below: {spread(uniform, exit, 100, '+.1f')} points."
-        cell = lambda r: f"{spread(r['each']['rougeL'], None, 100, '.1f')} ({100 / r['speedup']:.0f}%)"
+        cell = lambda r: f"{spread(r['each']['rougeL'], unit=100, form='.1f')} ({100 / r['speedup']:.0f}%)"
         cells = [[way, *map(cell, line), *[""] * (len(few) - len(line))] for way, line in lines.items()]
         tables.append(format_table(["blocks skipped", *few], cells))
-    caption += (f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)." if articles
-                else "No summaries: they need cnn_dm in --data-dir and no other --task.")
+    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
+               f"state to the full model's [95% interval over sequences]. {below}")
     publish(args, "hidden", model, caption=caption, markdown="\n\n".join([said, *tables]), n=len(examples), kept=kept, closer=closer, surely=surely,
             distance=dict(zip(WAYS, found.transpose(0, 1).tolist())), summaries=rows)
 
@@ -201,7 +189,7 @@ def allocate(args, task):
         rows += [(f"chosen by one half, scored on {where}", shares[by_half].mean(1), gain(those, by_half).mean(1))
                  for where, those in (("it", halves), ("the other", halves.flip(-1)))]
     rows += [("the nearest path for all", cost[near], change[near]), *zip(others, cost[P:], change[P:])]
-    cells = [[name, spread(c, None, 100, ".1f"), spread(d, None, 1, form)] for name, c, d in rows]
+    cells = [[name, spread(c, unit=100, form=".1f"), spread(d, form=form)] for name, c, d in rows]
     split = P + 1 + len(asked)
     best = {name: saved(cost[those], change[those]) if len(cost[those]) else None for name, those in
             (("all INT8", slice(P, P + 1)), ("policy", slice(P + 1, split)), ("policy, states 0 and 4", slice(split, None)))}

@@ -58,23 +58,18 @@ class Gate(nn.Module):
 
     def __init__(self, kind, n_embd, n_hidden):
         super().__init__()
-        linear, narrow = lambda n, m: nn.Linear(n, m, bias=False), lambda n: max(1, n // NARROW)
-        layers, width = [], n_embd
+        linear = lambda n, m: nn.Linear(n, m, bias=False)
         if kind == "flexidepth":
-            layers = [linear(n_embd, narrow(n_embd)), nn.Tanh(), nn.RMSNorm(narrow(n_embd)), linear(narrow(n_embd), n_embd)]
-        elif kind == "gate-mlp":
-            layers, width = [nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH
-        self.router = nn.Sequential(*layers, nn.Linear(width, 1))
-        last = self.router[-1]
-        nn.init.constant_(last.bias, OPEN)
-        if kind == "flexidepth":
-            last.weight.data.mul_(3)  # so that some tokens cross from the static choice, and their adapters learn
-        else:
-            nn.init.zeros_(last.weight)
-        self.adapter = nn.ModuleList()
-        if kind == "flexidepth":
-            self.adapter.extend([linear(n_embd, 2 * narrow(n_hidden)), linear(narrow(n_hidden), n_embd)])
+            narrow, hidden = max(1, n_embd // NARROW), max(1, n_hidden // NARROW)
+            self.router = nn.Sequential(linear(n_embd, narrow), nn.Tanh(), nn.RMSNorm(narrow), linear(narrow, n_embd), nn.Linear(n_embd, 1))
+            self.router[-1].weight.data.mul_(3)  # so that some tokens cross from the static choice, and their adapters learn
+            self.adapter = nn.ModuleList([linear(n_embd, 2 * hidden), linear(hidden, n_embd)])
             nn.init.zeros_(self.adapter[1].weight)
+        else:
+            first, width = ([nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH) if kind == "gate-mlp" else ([], n_embd)
+            self.router, self.adapter = nn.Sequential(*first, nn.Linear(width, 1)), nn.ModuleList()
+            nn.init.zeros_(self.router[-1].weight)
+        nn.init.constant_(self.router[-1].bias, OPEN)
 
     def forward(self, x):
         """x (n, C) of skipped tokens -> (n, C): x, or x + adapter(RMSNorm(x))."""
@@ -104,7 +99,7 @@ class Router:
         self.gates = nn.ModuleList(Gate(kind, n_embd, n_hidden) for _ in self.routed).requires_grad_(False)
         self.scale = [1.0] * (self.rows * L)
         for block, gate in zip(self.routed, self.gates):
-            self.scale[self.rows * block + (kind == "flexidepth")] = gate
+            self.scale[self.rows * block + (1 if kind == "flexidepth" else 0)] = gate  # FlexiDepth weighs and replaces the MLP
         self.int4, self.kv, self.states, self.threshold, self.generator = None, "fill", None, 0.0, None
         count = lambda module: sum(p.numel() for p in module.parameters())
         routers = 0 if kind == "gate-fixed" else sum(count(gate.router) for gate in self.gates)  # fixed: known beforehand
@@ -120,8 +115,10 @@ class Router:
         block, mlp = divmod(i, self.rows)
         if i == 0:
             self.seen, self.on = [], []
-        if block not in self.routed or mlp:
-            if block in self.routed and self.kind == "flexidepth":
+        if block not in self.routed:
+            return
+        if mlp:  # FlexiDepth's follows its attention, MindSkip's always runs
+            if self.kind == "flexidepth":
                 self.states[i] = self.states[i - 1]
             return
         gate, training = self.gates[block - self.routed[0]], self.generator is not None

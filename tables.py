@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 import baselines
 from baselines import compare, interval, public, quotient, sensitivities, spread
-from charts import by
-from common import format_table, read_json
+from common import by, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
 from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, rouge,
                       source, variant)
@@ -40,7 +39,8 @@ def table(args):
         how = "in bits and measured in batch-1 decoding, median of 5 rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
         how += "; static_mix goes by the means of labels"
-        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'} [95% interval] "
+        caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'}"
+                   f"{', KL to the full model, nats' if metric == 'accuracy' else ''} [95% interval] "
                    f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
         publish(args, f"table-{task}", model, caption=caption, markdown=markdown, metric=metric, rows=rows,
                 **facts)
@@ -54,7 +54,8 @@ def table_cells(rows, metric):
         if "missing" in r:
             return "can't reach" if "out of reach" in r["missing"] else "no policy"
         value, low, high = (f"{unit * v:.4g}" for v in (r["value"], *r["interval"]))
-        return f"{value} [{low}, {high}] ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
+        kl = f", {spread(r['each']['kl'], form='.2g')}" if metric == "accuracy" and not r["method"].startswith("full") else ""
+        return f"{value} [{low}, {high}]{kl} ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
 
     cells = []
     for method, those in by(rows, "method").items():
@@ -190,16 +191,16 @@ def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
     task = one_text(args)
     model, tokenizer, policies, known, examples = at_hand(args, task, 2 if task in TEXTS else TASKS.get(task, 16), policy_path(args, task))
-    policy, ones, forms = policies[0], [1.0] * known.L, profile(model, known.samples)
+    policy, forms, choice = policies[0], profile(model, known.samples), examples[0].choices is not None
+    scales = {"none, a_i = 1": [1.0] * known.L, "least squares": forms["least_squares"].tolist(), "norm ratio": forms["norm_ratio"].tolist()}
     baselines.observe(known, model)
-    choice = examples[0].choices is not None
     of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
     table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
-             "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=ones),
-             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {policy.name}": of()}
-    table |= {"states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=forms["least_squares"].tolist()),
-              "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none")}
-    table |= {p.name: of(p) for p in policies[1:]}
+             "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=scales["none, a_i = 1"]),
+             "+ scale a_i (norm ratio), K/V filled": of(allowed=(0, 4)), "+ INT8": of(allowed=(0, 2, 4)), f"+ INT4, {policy.name}": of(),
+             "states 0 and 4, least-squares a_i": of(allowed=(0, 4), scale=scales["least squares"]),
+             "states 0 and 4, K/V copied": of(allowed=(0, 4), kv="copy"), "states 0 and 4, no K/V": of(allowed=(0, 4), kv="none"),
+             **{p.name: of(p) for p in policies[1:]}}
     ways = [(name, s, p) for name, those in table.items() for s, p in zip(ASKED, those)]
     full, *found = compare(model, examples, [None, *(p for *_, p in ways)])
     key, unit = ("accuracy", 100) if choice else ("nats", 1)
@@ -207,8 +208,8 @@ def ablation(args):
 
     cell = lambda r: f"{spread(r['each'][key], full['each'][key], unit, '+.3g')} ({r['speedup']:.2f}x)"
     few = windows(tokenizer, load_text("pydocs", "test"), 1, min(256, model.config.block_size), spread=True).to(known.samples.device)
-    skip, least = {}, forms["least_squares"].tolist()
-    for name, scale in (("none, a_i = 1", ones), ("least squares", least), ("norm ratio", forms["norm_ratio"].tolist())):
+    skip = {}
+    for name, scale in scales.items():
         damage = sensitivities(model, text_examples(few), scale, states=[0])[1:-1, 0]
         skip[name] = {"mean": damage.mean().item(), "median": damage.median().item(), "worst": damage.max().item()}
     head = model.head.weight
@@ -216,7 +217,7 @@ def ablation(args):
     [int8] = compare(model, examples, [None])
     model.head.weight = head
     markdown = "\n\n".join([
-        format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *(cell(r) for r in rows if r["name"] == name)] for name in table]),
+        format_table(["", *(f"{s:g}x" for s in ASKED)], [[name, *map(cell, those)] for name, those in by(rows, "name").items()]),
         *paper_tables("ablation"),
         format_table([f"scale a_i of a skipped block (Eq 6-7), {few.numel()} tokens of pydocs", "KL when one block is skipped: mean over blocks",
                       "median", "worst"], [[name, f"{v['mean']:.3f}", f"{v['median']:.3f}", f"{v['worst']:.2f}"] for name, v in skip.items()]),
