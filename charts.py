@@ -136,33 +136,35 @@ def timeline(r):
 
 def table(r):
     """Quality against measured time (against bits where nothing is decoded), a line a method; of perplexity also the part near the full
-    model's."""
+    model's; in the place of accuracy, of which few items say little, KL."""
     full, *rows = r["rows"]
-    x, full, perplexity = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity"
+    x, full, perplexity, choice = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity", r["metric"] == "accuracy"
+    worth = lambda row: max(row["kl"], 1e-5) if choice else row["value"]
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(14 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):
         colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
-        axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")
+        if not choice:
+            axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")
         for method, rows in methods.items():
             alone = method in ("int8", "int4")
             color = "black" if alone else next(colors)
             if near and min(row["value"] for row in rows) > 1.1 * full:
                 continue
             line = "none" if alone or near else "-" if method == "dash" else "--"  # near, a line would join what clocks scattered
-            axes.plot([row[x] for row in rows], [row["value"] for row in rows], marker="s" if alone else "o", markersize=5, color=color,
+            axes.plot([row[x] for row in rows], [worth(row) for row in rows], marker="s" if alone else "o", markersize=5, color=color,
                       linestyle=line, linewidth=2.2 if method == "dash" else 1.2, label=None if alone else method)
             if near:
                 spans = [(min(row["rounds"]), max(row["rounds"])) if "rounds" in row else (row[x], row[x]) for row in rows]
                 axes.errorbar([row[x] for row in rows], [row["value"] for row in rows], xerr=error([row[x] for row in rows], spans), fmt="none",
                               ecolor=color, elinewidth=0.7, alpha=0.5)
             for row in rows if alone or near else ():
-                axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], row["value"]),
+                axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], worth(row)),
                               xytext=(5, -12) if method == "static_mix" else (5, 5), textcoords="offset points",
                               fontsize="medium" if alone else "small", color=color)
-        axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel=r["metric"],
-                 title=f"{task_of(r)}, test{', near the full model, with the speedup in bits that was asked' if near else ''}",
-                 yscale="log" if perplexity and not near else "linear")
+        axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel="KL to the full model, nats" if choice else r["metric"],
+                 title=f"{task_of(r)}, test{', near the full model (labels: speedup asked)' if near else ''}",
+                 yscale="log" if choice or perplexity and not near else "linear")
         axes.margins(0.08)
         if perplexity and not near and max(row["value"] for those in methods.values() for row in those) > 1e5:
             axes.set(ylim=(full / 2, 1e5), title=f"{axes.get_title()}; what is not seen lies above")
@@ -188,7 +190,7 @@ def frontier(r):
             panels[1].errorbar(x, [v for v, _ in over], error(*zip(*over)), elinewidth=0.7, capsize=2, **look)
     for row in r["rows"][1:3]:
         panels[0].plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
-        panels[0].annotate(row["method"], (row["speedup"], row["kl"]), xytext=(8, -5), textcoords="offset points")
+        panels[0].annotate(row["method"], (row["speedup"], row["kl"]), xytext=(8, -14), textcoords="offset points")
     panels[0].set(ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
     panels[1].set(ylabel="KL over that of the best static plan", title="At the same cost; random states lie above")
     for axes in panels:

@@ -293,5 +293,5 @@ def test_a_new_method_is_a_function_that_returns_states(model, known, monkeypatc
     monkeypatch.setattr(baselines, "odd", lambda known, speedup: torch.where(known.similarity.mean(1) > 2, 0, 4), raising=False)
     policy = make_policy("odd", 1.33, baselines.Known(L, known.costs, samples=known.samples), model, None, "no policy")
     assert isinstance(policy, Fixed) and policy.given.tolist() == [4] * L
-    rows = [{"method": f"method {n}", "target": 1.33, "speedup": 1.3, "value": 0.5} for n in range(12)]
+    rows = [{"method": f"method {n}", "target": 1.33, "speedup": 1.3, "value": 0.5, "kl": 0.1} for n in range(12)]
     charts.table({"rows": rows, "metric": "accuracy", "caption": "arc_easy, test"})
