@@ -18,7 +18,8 @@ that returns one. ValueError where the speedup is out of reach by skipping.
     random_skip        each block skipped at random, token by token, unscaled (the paper's Random Skip)
     random_mix         each block in one of two states at random, token by token, at the cost asked for
     static_mix         one state a block for all tokens, the best by the mean damage of each (fisher.py's labels, or measured)
-    best_static        the best of five such plans by the KL it is measured to cost on training text: `static_candidates`
+    best_static        the best of five such plans by the KL it is measured to cost on training text; it takes the plans
+                       (`static_candidates`) and the measure too
     position_mix       a state for each block and position, blind to content, by the labels' means
 
 The mixes and best_static are ours, to ask what choosing per token is worth at equal cost. `compare` measures all of them. Keys

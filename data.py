@@ -148,7 +148,7 @@ def load_items(name, split, data_dir=None):
         try:
             if "answerKey" in item:  # ARC as the hub has it
                 labels, texts = item["choices"]["label"], item["choices"]["text"]
-                if type(labels) is not list or len(set(labels)) != len(texts):
+                if type(labels) is not list or not len(set(labels)) == len(labels) == len(texts):
                     raise ValueError("the labels do not fit the choices")
                 item = {"question": item["question"], "choices": texts, "answer": labels.index(item["answerKey"])}
             choices, answer = item["choices"], item["answer"]
@@ -157,7 +157,8 @@ def load_items(name, split, data_dir=None):
                 raise ValueError(f"question, subject or choices are no text, or not 2 to {len(LETTERS)} choices")
             if not all(choice.strip() for choice in choices):
                 raise ValueError("a choice is empty")
-            "".join(texts).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+            if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
+                raise ValueError("half a character: a surrogate stands alone")
             if type(answer) is not int or not 0 <= answer < len(choices):
                 raise ValueError(f"answer {str(answer)[:60]!r} is no index of the choices")
             if name in ("mmlu", "mmlu_5shot"):

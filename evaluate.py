@@ -23,7 +23,7 @@ from data import load_articles, load_examples, load_text, text_examples, windows
 from infer import generate, has_graphs
 from model import load
 from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
-from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile
+from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile, up_to
 
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
@@ -96,7 +96,7 @@ def make_policy(method, speedup, known, model, policy, path):
         known.scale = profile(model, known.samples)["norm_ratio"].tolist()
         known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
     found = getattr(baselines, method)(known, speedup)
-    return baselines.one_plan(found) if torch.is_tensor(found) else found
+    return baselines.one_plan(torch.as_tensor(found)) if torch.is_tensor(found) or isinstance(found, list) else found
 
 
 def with_kv(policy, kv):
@@ -235,10 +235,13 @@ def rank(args, task, asked, default, timed=True, priced=False):
     for method, speedup in asked:
         rows.append({"method": method, "target": speedup})
         try:
-            routed = make_policy(method, speedup, known, model, policy, path)
-            if method == "dash" and priced and task != "cnn_dm":  # whose price tracks
-                [routed] = variant(policy, model, examples, [speedup])
-            policies.append(with_kv(routed, args.kv) if args.kv else routed)
+            if method == "dash" and policy and priced and task != "cnn_dm":  # whose price tracks
+                kv = {"kv": args.kv} if args.kv else {}  # what a skip costs depends on it
+                [routed] = variant(policy, model, up_to(64 * LONG, examples), [speedup], **kv)
+            else:
+                routed = make_policy(method, speedup, known, model, policy, path)
+                routed = with_kv(routed, args.kv) if args.kv else routed
+            policies.append(routed)
         except (ValueError, FileNotFoundError) as e:
             if len(asked) == 1:
                 raise

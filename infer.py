@@ -301,7 +301,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
-    "step_s" (seconds of the prompt, and median of a step after it), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
+    "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
     its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
     ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
     """
@@ -347,6 +347,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         last = len(new) == most
         if on_token:
             on_token(token, decoder.decode(tokenizer.decode_bytes([token]), final=last), states[:, -1])
+            if not engine:  # nothing ran meanwhile; an engine is at the next token
+                came = time.perf_counter()
         if last:
             break
     if engine:
@@ -428,7 +430,8 @@ def main():
     print()
     if args.show_states:
         show_states(tokenizer, out, costs, color)
-    full = out if args.full else generate(model, endless, args.prompt, None, min(32, args.max_new_tokens), **options)
+    full = out if args.full else generate(
+        model, endless, args.prompt, None, min(32, args.max_new_tokens), on_token=lambda token, text, states: mean_cost(states, costs), **options)
     speed, speed_full, bits = out["tokens_per_second"], full["tokens_per_second"], speedup_bits(out["states"], costs)
     times = speed / speed_full if out["states"].shape[1] > out["prompt_tokens"] else None  # of steps after the prompt
     print(f"\n{len(out['tokens'])} tokens at {speed:.1f} tokens/s; mean cost {4 / bits:.2f} of 4 a block, {bits:.2f}x in bits; "

@@ -94,10 +94,11 @@ def test_reward_of_an_item_is_plus_or_minus_one(tiny):
                                         ('{"question": "a", "choices": {"text": ["b", "c"], "label": null}, "answerKey": "A"}', "line 2"),
                                         ('{"question": "a", "choices": {"text": ["b", "c"], "label": "AB"}, "answerKey": "A"}', "labels"),
                                         ('{"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "A"]}, "answerKey": "A"}', "labels"),
+                                        ('{"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "A", "B"]}, "answerKey": "A"}', "labels"),
                                         ('{"question": "a", "choices": {"text": ["b", "c"], "label": ["A"]}, "answerKey": "A"}', "labels"),
                                         ('{"question": "a", "choices": ["b", "c"], "answer": 0, "answer": 1}', "twice"),
                                         ('{"question": "a", "choices": ["b", " "], "answer": 1}', "a choice is empty"),
-                                        ('{"question": "a", "choices": ["b", "\\ud800"], "answer": 1}', "surrogates"),
+                                        ('{"question": "a", "choices": ["b", "\\ud800"], "answer": 1}', "surrogate"),
                                         ("null", "no JSON object"), ("3", "no JSON object")])
 def test_bad_items_are_named(tmp_path, line, word):
     file = tmp_path / "items.jsonl"
