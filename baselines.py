@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, outcomes
-from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, speedup_bits, state_shares, static_plan
+from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -331,7 +331,7 @@ def compare(model, examples, policies):
     right ones; speedup: in bits; states: shares; raw: states (L, N); each: nats, kl and accuracy of every example, for
     intervals. A policy given as None is the full model; a function of the tokens (B, T) gives one for every example.
     """
-    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": [], "costs": bit_costs(model.config)} for _ in policies]
+    rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": [], "spent": []} for _ in policies]
     for example in tqdm(examples, desc="compare", leave=False):
         full, right = outcomes(model, model.hidden(example.rows), example)
         for row, policy in zip(rows, policies):
@@ -339,18 +339,19 @@ def compare(model, examples, policies):
             if policy is not None:
                 policy = policy(example.rows) if callable(policy) else policy
                 routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
-                row["states"].append(policy.states[:, example.keep()].cpu())
-                row["costs"] = bit_costs(model.config, policy)
+                states = policy.states[:, example.keep()].cpu()
+                row["states"].append(states)
+                row["spent"].append(states.shape[1] * mean_cost(states, bit_costs(model.config, policy)))  # which may differ by example
             row["nats"].append(-routed.gather(1, right[:, None]).mean().item())
             row["kl"].append(kl(full, routed).mean().item())
             row["top1"].append((routed.argmax(-1) == full.argmax(-1)).float().mean().item())
             row["accuracy"].append((routed.argmax(-1) == right).float().mean().item())
     out = []
     for row in rows:
-        ran, costs = row.pop("states"), row.pop("costs")
+        ran, spent = row.pop("states"), row.pop("spent")
         states = torch.cat(ran, 1) if ran else torch.full((1, 1), 4)
         means = {k: sum(v) / len(v) for k, v in row.items()}
-        out.append(means | {"speedup": speedup_bits(states, costs), "states": state_shares(states),
+        out.append(means | {"speedup": 4 * states.shape[1] / sum(spent) if spent else 1.0, "states": state_shares(states),
                             "each": {k: [round(x, 6) for x in row[k]] for k in ("nats", "kl", "accuracy")}, "raw": states})
     return out
 

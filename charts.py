@@ -155,8 +155,8 @@ def table(r):
             axes.plot([row[x] for row in rows], [worth(row) for row in rows], marker="s" if alone else "o", markersize=5, color=color,
                       linestyle=line, linewidth=2.2 if method == "dash" else 1.2, label=None if alone else method)
             if near:
-                spans = [(min(row["rounds"]), max(row["rounds"])) if "rounds" in row else (row[x], row[x]) for row in rows]
-                axes.errorbar([row[x] for row in rows], [row["value"] for row in rows], xerr=error([row[x] for row in rows], spans), fmt="none",
+                rounds, middle = [row.get("rounds", [row[x]]) for row in rows], [row[x] for row in rows]
+                axes.errorbar(middle, [row["value"] for row in rows], xerr=error(middle, [(min(r), max(r)) for r in rounds]), fmt="none",
                               ecolor=color, elinewidth=0.7, alpha=0.5)
             for row in rows if alone or near else ():
                 axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], worth(row)),

@@ -96,7 +96,7 @@ def make_policy(method, speedup, known, model, policy, path):
         known.scale = profile(model, known.samples)["norm_ratio"].tolist()
         known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
     found = getattr(baselines, method)(known, speedup)
-    return baselines.one_plan(torch.as_tensor(found)) if torch.is_tensor(found) or isinstance(found, list) else found
+    return baselines.one_plan(torch.as_tensor(found)) if isinstance(found, (list, torch.Tensor)) else found
 
 
 def with_kv(policy, kv):
@@ -231,17 +231,16 @@ def rank(args, task, asked, default, timed=True, priced=False):
         rouge()
     path, metric = policy_path(args, task), metric_of(task)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
-    rows, policies = [{"method": "full model", "target": 1.0}], [None]
+    rows, policies, at_cost = [{"method": "full model", "target": 1.0}], [None], {}
+    if priced and policy and task != "cnn_dm":  # there the price tracks
+        reach = [s for method, s in asked if method == "dash" and s <= most_speedup(known.L, bit_costs(model.config))]
+        kv = {"kv": args.kv} if args.kv else {}  # what a skip costs depends on it
+        at_cost = dict(zip(reach, variant(policy, model, up_to(64 * LONG, examples), reach, **kv))) if reach else {}
     for method, speedup in asked:
         rows.append({"method": method, "target": speedup})
         try:
-            if method == "dash" and policy and priced and task != "cnn_dm":  # whose price tracks
-                kv = {"kv": args.kv} if args.kv else {}  # what a skip costs depends on it
-                [routed] = variant(policy, model, up_to(64 * LONG, examples), [speedup], **kv)
-            else:
-                routed = make_policy(method, speedup, known, model, policy, path)
-                routed = with_kv(routed, args.kv) if args.kv else routed
-            policies.append(routed)
+            routed = at_cost[speedup] if method == "dash" and speedup in at_cost else make_policy(method, speedup, known, model, policy, path)
+            policies.append(with_kv(routed, args.kv) if args.kv else routed)
         except (ValueError, FileNotFoundError) as e:
             if len(asked) == 1:
                 raise

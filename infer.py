@@ -204,7 +204,6 @@ class Engine:
         self.embed()
         for i in range(len(self.path)):
             self.block(i)
-        self.launched = len(self.path)
         if self.routed and self.policy.horizon > 1 and self.L > 1:
             self.ready.record(self.main)
             self.ask(1, plan(1, self.L, self.policy.horizon))
@@ -260,7 +259,7 @@ class Engine:
                 self.host_token[0] = token
                 self.copy(self.token, self.host_token)
                 self.begin()
-            for i in range(self.launched, self.L):
+            for i in range(1 if self.routed else self.L, self.L):  # those that `begin` did not launch
                 self.block(i)
             states, self.begun = torch.tensor(self.path, dtype=torch.uint8)[:, None], False
             self.head()

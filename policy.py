@@ -125,8 +125,8 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (with lam, minus the distance from s); the network gives the
-    damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
+    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (with lam, minus the
+    distance from s); the network gives the damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
     to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
     however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     """

@@ -113,11 +113,11 @@ def frontier(args):
 
     ways = [("full model", None, None), ("all INT8", None, baselines.int8(known, 0)), ("all INT4", None, baselines.int4(known, 0))]
     plans = [baselines.best_static(known, candidates, judge, speedup) for speedup in tqdm(speedups, desc="static plans")]
-    top = most_speedup(known.L, costs)  # of what fills keys and values: a static plan of a small model may go beyond
-    speedups, plans = zip(*((s, p) for s, p in zip(speedups, plans) if mean_cost(p.given, baselines.free_skips(costs)) >= 4 / top - 1e-6))
     # A static plan cannot cost exactly what is asked, and a price set on other text does not either: all others cost on this text what the
     # static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
-    same = [mean_cost(plan.given, baselines.free_skips(costs)) for plan in plans]
+    found = [(s, p, mean_cost(p.given, baselines.free_skips(costs))) for s, p in zip(speedups, plans)]
+    top = most_speedup(known.L, costs)  # of what fills keys and values: a static plan of a small model may go beyond
+    speedups, plans, same = zip(*(row for row in found if row[2] >= 4 / top - 1e-6))
     priced = [variant(p, model, examples, speedups, same) for p in policies]
     for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import fisher
 import reinforce
 import routers
-from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, public, without
+from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, public, without
 from charts import draw
 from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result
 from data import Example, is_choice, load_examples, load_text, text_examples, windows
@@ -297,7 +297,7 @@ def main():
 
     generator = torch.Generator().manual_seed(args.seed)
     free = free_skips(costs) if args.cost == "bits" else costs  # the clock knows skips with their keys and values alone
-    static = lambda rows: Fixed(static_plan(damage, free, spent(rows))[1], scale, kv="none")
+    static = lambda rows: one_plan(static_plan(damage, free, spent(rows))[1], scale)
     equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import baselines
 import charts
 from conftest import tiny_folder
+from data import text_examples
 from evaluate import METHODS, SKIPS, make_policy
 from model import KVCache, load
 from policy import Fixed, bit_costs, mean_cost, plan, rewards, speedup_bits
@@ -295,3 +296,13 @@ def test_a_new_method_is_a_function_that_returns_states(model, known, monkeypatc
     assert isinstance(policy, Fixed) and policy.given.tolist() == [4] * L
     rows = [{"method": f"method {n}", "target": 1.33, "speedup": 1.3, "value": 0.5, "kl": 0.1} for n in range(12)]
     charts.table({"rows": rows, "metric": "accuracy", "caption": "arc_easy, test"})
+
+
+def test_every_example_is_billed_by_its_own_policy(model):
+    """Plans that skip write no keys and values, those beside them do not skip: in any order the same cost."""
+    examples = text_examples(torch.randint(0, 300, (2, 20)))
+    plans = [baselines.one_plan(torch.tensor([4, 0, 0, *[4] * (L - 3)])), baselines.one_plan(torch.tensor([4] + [2] * (L - 1)))]
+    for order in (plans, plans[::-1]):
+        those = iter(order)
+        [row] = baselines.compare(model, examples, [lambda rows: next(those)])
+        assert row["speedup"] == pytest.approx(4 * 2 * L / sum(plan.given.sum().item() for plan in plans))
