@@ -11,6 +11,7 @@ become known, while the scorer runs on a second stream. Prompts, batches and the
 
 import codecs
 import copy
+import functools
 import gc
 import json
 import shutil
@@ -55,10 +56,28 @@ class Bucket:
         return self.k[:, : self.size], self.v[:, : self.size], self.mask[..., : self.size]
 
 
+# What graphs run, as functions of all that differs from token to token and block to block, so that one compilation serves them all
+
+
+def embed_into(x, here, token, position, weight, tables, slots, mask):
+    """Move on to the next position: the token's embedding into x (1, C), its rows of the `tables` into `here`, and which slots it may see."""
+    position.add_(1)
+    x.copy_(weight[token])
+    for to, table in zip(here, tables):
+        to.copy_(table[position])
+    mask.zero_().masked_fill_(slots > position, float("-inf"))
+
+
 def block_into(out, block, x, s, scale, rope, bucket):
-    """Run a block in state s on one token x (1, C), into `out`. scale (4,) fp32, its first value a_i: a tensor, so that one compilation
-    serves every block, of 16 bytes, since torch.compile copies what is not aligned."""
+    """Run a block in state s on one token x (1, C), into `out`. scale (4,) fp32, its first value a_i: 16 bytes, since torch.compile copies
+    what is not aligned."""
     out.copy_(Block.forward(block, x, 1, [(s, None)], lambda rows: (rows.float() * scale[0]).to(rows.dtype), rope, bucket))
+
+
+def best_into(out, scorer, rows, x, where, mu, costs):
+    """For blocks whose `Scorer.rows` are given the best s' for each s (Eq 18), into `out` (g, 4), from a hidden state x (1, C)."""
+    q = scorer.q(scorer.features(x[None], where), *rows)[0, 0]
+    out.copy_(torch.addcmul(q, mu, costs, value=-1).argmax(-1))
 
 
 class Engine:
@@ -106,40 +125,40 @@ class Engine:
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
         if cuda:  # static shapes: a compilation for each state and bucket, kept on disk by PyTorch
             torch._dynamo.config.recompile_limit = 256
-        self.compiled = torch.compile(block_into, dynamic=False, fullgraph=True) if cuda else None
+        tuned = {"coordinate_descent_tuning": True}  # with it products of one row, the scorer's, are sums that every multiprocessor shares
+        self.compiled = functools.cache(lambda f: torch.compile(f, dynamic=False, fullgraph=True, options=tuned)) if cuda else None
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
     # What the graphs do
 
     def run_embed(self):
-        self.position.add_(1)
-        torch.index_select(self.model.embed.weight, 0, self.token, out=self.x[0])
-        for table, here in zip(self.tables, (*self.rope, self.where)):
-            torch.index_select(table, 0, self.position, out=here)
-        self.mask.zero_().masked_fill_(self.slots > self.position, float("-inf"))
+        self.fused(embed_into, self.x[0], [*self.rope, self.where], self.token, self.position, self.model.embed.weight, self.tables,
+                   self.slots, self.mask)
 
     def run_block(self, i, s, size):
-        """On a GPU by torch.compile, which merges the small operators between the products, or as it is where that fails."""
         bucket = Bucket(self.cache.k[i], self.cache.v[i], self.position, self.mask, size)
-        args = self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket
+        self.fused(block_into, self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket)
+
+    def run_scorer(self, scorer, i, blocks):
+        rows = scorer.rows(blocks)
+        self.fused(best_into, self.best[blocks[0] : blocks[-1] + 1], scorer, rows, self.x[i % 2], self.where, self.mu, self.costs)
+
+    def run_head(self):
+        self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
+        torch.argmax(self.logits, 0, keepdim=True, out=self.token)  # as it is: compiled, one multiprocessor would do it alone
+
+    def fused(self, f, *args):
+        """On a GPU by torch.compile, which merges the small operators, or as it is where that fails."""
         if self.compiled:
             try:
-                return self.compiled(*args)
+                return self.compiled(f)(*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
                 self.compiled = None
-                CHOSEN["block"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
-                print(f"blocks run slower than they could, {CHOSEN['block']}", file=sys.stderr)
-        block_into(*args)
-
-    def run_scorer(self, scorer, i, blocks):
-        q = scorer(scorer.features(self.x[i % 2][None], self.where), blocks)[0, 0]
-        torch.argmax(torch.addcmul(q, self.mu, self.costs, value=-1), -1, out=self.best[blocks[0] : blocks[-1] + 1])
-
-    def run_head(self):
-        self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
-        torch.argmax(self.logits, 0, keepdim=True, out=self.token)
+                CHOSEN["engine"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
+                print(f"tokens take longer than they could, {CHOSEN['engine']}", file=sys.stderr)
+        f(*args)
 
     def capture(self, f, stream):
         """f as a graph for a stream: a function that launches it on the current one. f may run any number of times before."""

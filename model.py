@@ -130,6 +130,25 @@ def skip(scale, x):
     return scale(x) if callable(scale) else scale * x
 
 
+CHUNK = 128  # positions that one part of `attend_in_parts` takes
+
+
+def attend_in_parts(q, k, v, mask):
+    """Attention of one token, every CHUNK positions apart and then together, as sums that torch.compile makes a GPU's kernels of (flash
+    decoding, Dao et al. 2023). `scaled_dot_product_attention` with a mask would leave most of a GPU idle: a head is one piece of work there.
+
+    q (B, n_kv_head, g, D): the g heads that share a key-value head; k, v (B, n_kv_head, S, D), S a multiple of CHUNK; mask
+    (1, 1, 1, S), added -> (B, n_kv_head, g, D) in q's dtype.
+    """
+    parts = lambda t: t.unflatten(2, (-1, CHUNK))[:, :, None]  # (B, n_kv_head, 1, parts, CHUNK, D)
+    scores = (q[:, :, :, None, None].float() * parts(k)).sum(-1) / math.sqrt(q.shape[-1]) + mask.view(-1, CHUNK)
+    highest = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # finite where all of a part is masked
+    p = (scores - highest).exp()
+    y, total = (p[..., None] * parts(v)).sum(-2), p.sum(-1, keepdim=True)
+    share = (highest - highest.amax(-2, keepdim=True)).exp()
+    return ((share * y).sum(-2) / (share * total).sum(-2)).to(q.dtype)
+
+
 def weigh(scale, x, y):
     """The output y of a block or half on x, (n, C) each; where a policy has a gate in the place of a_i, x + gain (y - x), gain (n, 1)."""
     gain = getattr(scale, "gain", None)
@@ -166,7 +185,8 @@ class Block(nn.Module):
         B, T, H, D = q.shape
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if T == 1:  # no order, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
-            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, mask)
+            one = attend_in_parts if torch.compiler.is_compiling() else F.scaled_dot_product_attention
+            y = one(q.view(B, k.shape[1], -1, D), k, v, mask)
         else:
             if mask is not None or T < k.shape[2]:
                 past = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)

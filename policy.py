@@ -169,17 +169,26 @@ class Scorer(nn.Module):
 
     def log_damage(self, features, blocks):
         """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> (B, T, g, 4, 4), the last two s and s'."""
-        these = slice(blocks[0], blocks[-1] + 1)
+        return self.log_damage_by(features, *self.rows(blocks)[:3])
+
+    def rows(self, blocks):
+        """What is looked up by block, for each of a range: gain and shift (g, 128), bias (g, 4, 4), never (g, 1, 4)."""
+        return [t[blocks[0] : blocks[-1] + 1] for t in (self.gain, self.shift, self.bias, self.never)]
+
+    def log_damage_by(self, features, gain, shift, bias):
         u = F.silu(F.linear(features, self.first.weight, self.first.bias))
         if self.training:
             u = F.dropout(u, self.DROPOUT)
         u = F.linear(u, self.second.weight, self.second.bias)[..., None, :]
-        v = F.silu(torch.addcmul(self.shift[these], u, self.gain[these]))
-        return F.linear(v, self.third.weight)[..., None, :] + self.bias[these]
+        v = F.silu(torch.addcmul(shift, u, gain))
+        return F.linear(v, self.third.weight)[..., None, :] + bias
 
     def forward(self, features, blocks):
         """q(s' | h, i, s), shapes as `log_damage`; -inf for skipping the last block."""
-        q = torch.addcmul(self.never[blocks[0] : blocks[-1] + 1], self.log_damage(features, blocks).exp_(), self.sign)
+        return self.q(features, *self.rows(blocks))
+
+    def q(self, features, gain, shift, bias, never):
+        q = torch.addcmul(never, self.log_damage_by(features, gain, shift, bias).exp_(), self.sign)
         return q - self.lam * self.smooth if self.lam else q
 
 

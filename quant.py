@@ -339,11 +339,10 @@ def unpack_nibbles(packed, K):
 
 
 class Int4Weight:
-    """INT4 codes, two to a byte, and their product: x (n, K) -> x W^T (n, N) in x's dtype.
+    """INT4 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 aten" and
-    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", whose
-    layout is that of "int4 compiled".
+    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", two codes to a byte.
     """
 
     def __init__(self, codes, scale, zero, dtype):
@@ -352,14 +351,16 @@ class Int4Weight:
         self.N, self.width = N, K
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
+        apart = lambda: torch.stack([scale, zero]).to(dtype)
         layouts = {
             "int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
             "int4 aten": lambda: [torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8), interleaved()],
-            "int4 compiled": lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]}
+            "int4 compiled": lambda: [pack_words(codes), apart()],
+            "reference": lambda: [pack_nibbles(codes), apart()]}
         if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
             candidates = {name: layouts[name] for name in ("int4 compiled", "int4 aten")}
             self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
-        self.codes, self.scale_zero = layouts["int4 compiled" if self.kernel == "reference" else self.kernel]()
+        self.codes, self.scale_zero = layouts[self.kernel]()
 
     def tensors(self):
         return [self.codes, self.scale_zero]
@@ -369,7 +370,8 @@ class Int4Weight:
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
         if self.kernel == "int4 aten" or self.kernel == "int4 compiled" and len(x) == 1:
             return row_product(self.kernel, x, self.tensors(), self.N)
-        return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
+        codes = unpack_nibbles(self.codes, self.width) if self.kernel == "reference" else unpack_words(self.codes)
+        return F.linear(x, dequantize_int4(codes, *self.scale_zero).to(x.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -386,12 +388,35 @@ def int8_row(x, codes, scale):
     return ((codes.float() * x.float()).sum(-1) * scale.float()).to(x.dtype)[None]
 
 
-def int4_row(x, packed, scale_zero):
-    """As `bf16_row` with packed (N, K / 2) of `pack_nibbles` and scale_zero (2, N, K / GROUP)."""
-    even, odd = x.float().view(-1, GROUP // 2, 2).unbind(-1)  # (groups, bytes)
-    packed, (scale, zero) = packed.view(len(packed), -1, GROUP // 2), scale_zero.float()[..., None]
-    low, high = (packed & 15).float() - 8, (packed >> 4).float() - 8
-    return ((low * scale + zero) * even + (high * scale + zero) * odd).sum((1, 2)).to(x.dtype)[None]
+def pack_words(codes):
+    """codes (N, K) uint8 in 0..15 -> (N, K / 8) int32. Input 8 k + j of group g is nibble k of word j * groups + g, so that neighbours
+    in memory, of words, of scales and of `in_planes`' inputs alike, are neighbours in g: a GPU loads 16 bytes at once."""
+    groups = codes.view(len(codes), -1, 8, 8)  # g, k, j
+    words = functools.reduce(torch.bitwise_or, (groups[:, :, k].int() << 4 * k for k in range(8)))
+    return words.transpose(1, 2).reshape(len(codes), -1)
+
+
+def unpack_words(words):
+    """The inverse of `pack_words`."""
+    words = words.view(len(words), 8, -1).transpose(1, 2)
+    return torch.stack([(words >> 4 * k & 15).to(torch.uint8) for k in range(8)], 2).flatten(1)
+
+
+def in_planes(x):
+    """x (1, K) -> (8, K / 8) fp32: what nibble k of every word multiplies. By `index_copy_`, which torch.compile puts into the kernel that
+    makes x; a transposition would be one more."""
+    K = x.shape[1]
+    i = torch.arange(K, device=x.device)
+    place = (i // 8 % 8 * 8 + i % 8) * (K // GROUP) + i // GROUP
+    return torch.empty(K, device=x.device).index_copy_(0, place, x[0].float()).view(8, -1)
+
+
+def int4_row(planes, words, scale_zero):
+    """As `bf16_row` with `in_planes` of x, words of `pack_words` and scale_zero (2, N, K / GROUP)."""
+    words, planes = words.view(len(words), 8, -1), planes.view(8, 8, -1)
+    scale, zero = scale_zero.float()[:, :, None]
+    zero = zero - 8 * scale
+    return sum(((words >> 4 * k & 15).float() * scale + zero) * planes[k] for k in range(8)).sum((1, 2)).to(scale_zero.dtype)[None]
 
 
 ROW_KERNELS = {
@@ -408,29 +433,40 @@ def row_kernel(name):
     return torch.compile(ROW_KERNELS[name], dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
 
 
+def row_product(name, x, tensors, N):
+    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS."""
+    return row_operator(name, operand(name, x), tensors, N, len(x))
+
+
+def operand(name, x):
+    """x as a kernel wants it; outside the operator, so that in a compiled block it is part of what makes x."""
+    return in_planes(x) if name == "int4 compiled" else x
+
+
 @torch.library.custom_op("dash::row_product", mutates_args=())
-def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
-    """x (n, K) -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it
-    alone: inlined, what comes before it would be computed again for every row of the weight."""
+def row_operator(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, rows: int) -> torch.Tensor:
+    """An operator of its own, so that torch.compile of a whole block leaves it alone: inlined, what comes before it would be computed
+    again for every row of the weight."""
     # torch.compile guards on every stride, that of a dimension of 1 too, tells a Parameter from a Tensor, and sees whether its caller is in
     # inference mode or in the first call of a compiled block: one compilation for all
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
         return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
 
 
-@row_product.register_fake
-def _(name, x, tensors, N):
-    return x.new_empty(len(x), N)
+@row_operator.register_fake
+def _(name, x, tensors, N, rows):
+    return x.new_empty(rows, N, dtype=torch.bfloat16)
 
 
 def gpu_microseconds(name, x, tensors, N):
     """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or 512 copies."""
     copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(511, 2**28 // sum(t.nbytes for t in tensors) + 1))]
-    row_product(name, x, copies[-1], N)  # should a copy compile anew: that is not allowed in a capture
+    x = operand(name, x)
+    row_operator(name, x, copies[-1], N, 1)  # should a copy compile anew: that is not allowed in a capture
     graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for copy in copies:
-            row_product(name, x, copy, N)
+            row_operator(name, x, copy, N, 1)
     graph.replay()
     began.record()
     for _ in range(3):

@@ -1,5 +1,6 @@
 """The GPU engine on the CPU, direct calls for its graphs: the same tokens, states and logits as the eager path, in any legal order."""
 
+import functools
 import json
 import random
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import quant
 import speed
 from charts import draw
 from conftest import script, tiny_folder
-from infer import Engine, block_into, bucket_of, engine_for, generate
+from infer import Engine, bucket_of, engine_for, generate
 from model import check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
@@ -190,15 +191,15 @@ def test_a_tracking_price_follows_in_the_engine(tiny):
 
 
 @torch.no_grad()
-def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeypatch):
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeypatch):
     model, _ = load(str(tiny))
     model.quantize()
     monkeypatch.setattr(quant, "CHOSEN", found := {})
     monkeypatch.setattr("infer.CHOSEN", found)
     engine = Engine(model, 200)
-    engine.compiled = lambda *args: args.no_such_thing
+    engine.compiled = lambda f: f.no_such_thing
     compare(model, random_policy(model, 0), engine)
-    assert "no_such_thing" in found["block"] and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert "no_such_thing" in found["engine"] and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_buckets():
@@ -225,9 +226,9 @@ def test_row_kernels_against_the_reference(N, K, compiled):
     cases = {"bf16 compiled": ([w.bfloat16()], w),
              "int8 compiled": ([t if t.dtype == torch.int8 else t.bfloat16() for t in quant.quantize_int8(w)],
                                quant.dequantize_int8(*quant.quantize_int8(w))),
-             "int4 compiled": ([quant.pack_nibbles(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
+             "int4 compiled": ([quant.pack_words(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
     for name, (tensors, dense) in cases.items():
-        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](x, *tensors)
+        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](quant.operand(name, x), *tensors)
         want = x.float() @ dense.T
         assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
 
@@ -260,15 +261,30 @@ def test_a_product_inside_a_compiled_block_is_compiled_once(monkeypatch):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("kind, change", [("llama", {}), ("qwen3", {"tie_word_embeddings": False})])
 @torch.no_grad()
-def test_one_compilation_of_a_state_serves_every_block(tiny, monkeypatch):
+def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, kind, change):
+    """What is compiled takes no part in what differs, and decodes as the eager path does, attention in sums included."""
     torch._dynamo.reset()
-    model, _ = load(str(tiny))
+    tiny_folder(tmp_path, kind, layers=6, **change)
+    model, _ = load(str(tmp_path))
     model.quantize()
     made, engine = [], Engine(model, 200)
-    engine.compiled = torch.compile(block_into, backend=lambda gm, _: made.append(1) or gm.forward, fullgraph=True, dynamic=False)
-    compare(model, Fixed([4, 0, 0, 1], [1.0, 0.7, 0.9, 1.0]), engine, 10)
-    assert engine.compiled and len(made) == 3  # skip, INT4 and full; both skips have a scale of their own
+    engine.compiled = lambda f: torch.compile(f, backend=lambda gm, _: made.append(f.__name__) or gm.forward, fullgraph=True, dynamic=False)
+    engine.compiled = functools.cache(engine.compiled)
+    compare(model, Fixed([4, 0, 0, 1, 1, 1], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), engine, 10)
+    for horizon in (1, 6):
+        compare(model, random_policy(model, horizon, horizon), engine, 10)
+    counts = {f: made.count(f) for f in made}
+    assert engine.compiled and counts.pop("block_into") <= 4 and counts == {"embed_into": 1, "best_into": 2}
+
+
+def test_words_hold_the_codes():
+    codes = torch.randint(16, (5, 192), dtype=torch.uint8)
+    words, planes = quant.pack_words(codes), quant.in_planes(torch.arange(192.0)[None])
+    assert words.dtype == torch.int32 and words.shape == (5, 24) and torch.equal(quant.unpack_words(words), codes)
+    for k in range(8):  # the nibble and the input that it multiplies
+        assert torch.equal(words >> 4 * k & 15, codes[:, planes[k].long()].int())
 
 
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
@@ -276,7 +292,7 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
     torch.manual_seed(0)
     w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
     int8, int4 = quant.Int8Weight(*quant.quantize_int8(w), torch.bfloat16), quant.Int4Weight(*quant.quantize_int4(w), torch.float32)
-    int4.scale_zero = int4.scale_zero.bfloat16()
+    int4.codes, int4.scale_zero = quant.pack_words(quant.quantize_int4(w)[0]), int4.scale_zero.bfloat16()
     int8.kernel, int4.kernel = "int8 compiled", "int4 compiled"
     for weight, dense in ((int8, quant.dequantize_int8(*quant.quantize_int8(w))), (int4, quant.dequantize_int4(*quant.quantize_int4(w)))):
         for rows in (1, 5):
