@@ -32,7 +32,7 @@ SKIP_SHARE = 0.1  # of a skip label: what every token has of its block's mean
 
 class Gates(torch.autograd.Function):
     """y (n, N) unchanged, but with gates (3, n) = 0, one a token towards each change: y + sum gate * change. Their slopes are the dot
-    products of dL/dy with the changes; a change of fewer columns is one of the last columns, None is none."""
+    products of dL/dy with the changes; a change may cover y's last columns alone; None: no change."""
 
     @staticmethod
     def forward(ctx, y, gates, *changes):
@@ -162,7 +162,7 @@ def fit(scorer, labels, inputs, horizon, seed, epochs=8):
             for i, f in inputs.items():
                 blocks = plan(i, L, horizon)
                 these = slice(blocks[0] - 1, blocks[-1])
-                r = scorer.log_damage(f[rows, None].float(), blocks)[:, 0, :, :, :3].mean(2) - mean[these].log()
+                r = scorer.log_damage(f[rows, None].float(), *scorer.of_blocks(blocks)[:3])[:, 0, :, :, :3].mean(2) - mean[these].log()
                 loss = loss + ((r + y[rows, these] * (-r).exp()) * weight[these]).sum((1, 2)).mean()
             descend(loss, optimizer, scorer.parameters())
             schedule.step()

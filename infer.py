@@ -5,7 +5,7 @@ each block in the state that the policy chooses (Eq 18-20); on the CPU the weigh
 kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
 median decoding step after the prompt, for the policy and for the full model in the same run.
 
-On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state), launched by the host as the states
+On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state, bucket of cache length), launched by the host as the states
 become known, while the scorer runs on a second stream. Prompts, batches and the CPU take the eager path, `LLM.hidden`.
 """
 
@@ -14,6 +14,7 @@ import copy
 import functools
 import gc
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -22,9 +23,9 @@ import time
 import torch
 
 from common import Parser, command_line, pick_device
-from model import Block, KVCache, load
-from policy import STATE_OF, ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
-from quant import CHOSEN
+from model import CHUNK, Block, KVCache, load
+from policy import ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
+from quant import CHOSEN, compiled
 
 
 COLORS = {0: "\033[90m", 1: "\033[36m", 2: "\033[33m", 4: "\033[31m"}  # skip grey, INT4 cyan, INT8 yellow, full red
@@ -36,8 +37,8 @@ RESET = "\033[0m"
 
 
 def bucket_of(n):
-    """How many slots of the cache a token reads that may attend to n: less than 128, or a quarter, more than n."""
-    step = max(128, 2 ** n.bit_length() // 8)
+    """How many slots of the cache a token reads that may attend to n: less than CHUNK, 128, or a quarter, more than n."""
+    step = max(CHUNK, 2 ** n.bit_length() // 8)
     return -(-n // step) * step
 
 
@@ -60,7 +61,8 @@ class Bucket:
 
 
 def embed_into(x, here, token, position, weight, tables, slots, mask):
-    """Move on to the next position: the token's embedding into x (1, C), its rows of the `tables` into `here`, and which slots it may see."""
+    """Move on to the next position: the token's embedding into x (1, C), the position's row of each table into `here`, and which slots it
+    may see into the mask."""
     position.add_(1)
     x.copy_(weight[token])
     for to, table in zip(here, tables):
@@ -69,14 +71,14 @@ def embed_into(x, here, token, position, weight, tables, slots, mask):
 
 
 def block_into(out, block, x, s, scale, rope, bucket):
-    """Run a block in state s on one token x (1, C), into `out`. scale (4,) fp32, its first value a_i: 16 bytes, since torch.compile copies
-    what is not aligned."""
+    """Run a block in state s on one token x (1, C), into `out`. scale (4,) fp32: a_i, padded so that every block's is aligned to 16 bytes;
+    torch.compile copies what is not."""
     out.copy_(Block.forward(block, x, 1, [(s, None)], lambda rows: (rows.float() * scale[0]).to(rows.dtype), rope, bucket))
 
 
-def best_into(out, scorer, rows, x, where, mu, costs):
-    """For blocks whose `Scorer.rows` are given the best s' for each s (Eq 18), into `out` (g, 4), from a hidden state x (1, C)."""
-    q = scorer.q(scorer.features(x[None], where), *rows)[0, 0]
+def best_into(out, scorer, of_blocks, x, where, mu, costs):
+    """For blocks whose `Scorer.of_blocks` is given the best s' for each s (Eq 18), into `out` (g, 4), from a hidden state x (1, C)."""
+    q = scorer.q(scorer.features(x[None], where), *of_blocks)[0, 0]
     out.copy_(torch.addcmul(q, mu, costs, value=-1).argmax(-1))
 
 
@@ -86,11 +88,12 @@ class Engine:
     Every (block, state) is a CUDA graph of the one `Block.forward`, captured at its first use. All that crosses from one graph to
     another, or to the host, is a tensor made here, outside the graphs' pools, at an address that never changes:
 
-        token, position, rope, where, mask   what a token is and where it stands; set by the graph "embed"
+        token     the id to run, from the host or the graph "head"
+        position, rope, where, mask   where it stands, set by the graph "embed"
         x         two rows: block i reads x[i % 2] and writes the other, so a scorer can still read block i's input while block i
                   runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come.
         mu, best  the price; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
-        logits    and the likeliest token, from the graph "head"
+        logits    from the graph "head"
 
     The scorer's graph for block i + 1 starts on the decision stream when block i starts on the main one (Eq 19-20). The host
     waits for that answer's event alone, looks its path up as `Policy.choose` does, and launches the graphs it names; it never
@@ -123,10 +126,9 @@ class Engine:
         self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
-        if cuda:  # static shapes: a compilation for each state and bucket, kept on disk by PyTorch
-            torch._dynamo.config.recompile_limit = 256
-        tuned = {"coordinate_descent_tuning": True}  # with it products of one row, the scorer's, are sums that every multiprocessor shares
-        self.compiled = functools.cache(lambda f: torch.compile(f, dynamic=False, fullgraph=True, options=tuned)) if cuda else None
+        # not tuned but for the scorer: a block's products have been chosen, by measurement
+        self.compiled = functools.cache(lambda f: compiled(f, tuned=f is best_into)) if cuda else None
+        self.plain = set()  # what it could not compile
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
     # What the graphs do
@@ -140,8 +142,8 @@ class Engine:
         self.fused(block_into, self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket)
 
     def run_scorer(self, scorer, i, blocks):
-        rows = scorer.rows(blocks)
-        self.fused(best_into, self.best[blocks[0] : blocks[-1] + 1], scorer, rows, self.x[i % 2], self.where, self.mu, self.costs)
+        of_blocks = scorer.of_blocks(blocks)
+        self.fused(best_into, self.best[blocks[0] : blocks[-1] + 1], scorer, of_blocks, self.x[i % 2], self.where, self.mu, self.costs)
 
     def run_head(self):
         self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
@@ -149,15 +151,16 @@ class Engine:
 
     def fused(self, f, *args):
         """On a GPU by torch.compile, which merges the small operators, or as it is where that fails."""
-        if self.compiled:
+        if self.compiled and f not in self.plain:
             try:
                 return self.compiled(f)(*args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
-                self.compiled = None
-                CHOSEN["engine"] = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
-                print(f"tokens take longer than they could, {CHOSEN['engine']}", file=sys.stderr)
+                self.plain.add(f)
+                why = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
+                CHOSEN[f.__name__,] = {"kernel": why}
+                print(f"tokens take longer than they could: {f.__name__} is {why}", file=sys.stderr)
         f(*args)
 
     def capture(self, f, stream):
@@ -199,22 +202,20 @@ class Engine:
         self.position.fill_(length - 1)
         self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
         self.routed = isinstance(policy, Policy)
+        self.given = policy.given.shape[2] if isinstance(policy, Fixed) and policy.given.dim() == 3 else math.inf  # recorded states end
         if self.routed:
             self.costs.copy_(policy.costs)
-            self.spent = dict(zip(STATE_OF, policy.costs.tolist()))
         for stream in (self.main, self.side):
             stream.wait_stream(self.backend.current_stream())
-
-    def known(self, t):
-        """The states that are known before the token at position t runs: a list, all L or the first alone."""
-        if self.policy is None:
-            return [4] * self.L
-        return [4] if self.routed else self.policy.window(t, 1)[:, 0, 0].tolist()
 
     def begin(self):
         """Launch what needs no answer of the token in `token`, which may be known to the device alone: the first block and the scorer that
         reads its output, or all blocks."""
-        self.path, self.begun = self.known(self.length), True
+        if self.policy is None:
+            self.path = [4] * self.L
+        else:
+            self.path = [4] if self.routed else self.policy.window(self.length, 1)[:, 0, 0].tolist()
+        self.begun = True
         self.length += 1
         if self.routed and self.price != self.policy.mu:
             self.price = self.host_mu[0] = self.policy.mu  # the last copy was read before the last answer came
@@ -234,17 +235,17 @@ class Engine:
         blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
         if blocks and blocks[0] < len(self.path):  # `begin` asked
             blocks = ()
-        first = blocks and (self.sync or len(self.path) == i)
         if blocks:
             self.ready.record(self.main)  # the input of block i
-        if first:
+        if blocks and (self.sync or len(self.path) == i):
             self.ask(i, blocks)
+            blocks = ()
         if len(self.path) == i:
             self.take()
         s = self.path[i]
         size = bucket_of(self.length) if s else self.size  # a skip reads no keys
         self.graph((i, s, size), self.main, self.run_block, i, s, size)()
-        if blocks and not first:  # the block first: its launch must not wait for the scorer's
+        if blocks:  # the block first: its launch must not wait for the scorer's
             self.ask(i, blocks)
 
     def ask(self, i, blocks):
@@ -264,7 +265,7 @@ class Engine:
         self.path += walk(self.host_best[self.asked[0] : self.asked[-1] + 1].tolist(), self.path[-1])
         self.asked = None
         if len(self.path) == self.L and self.policy.tracked:
-            self.policy.follow(sum(self.spent[s] for s in self.path) / self.L)
+            self.policy.follow(self.path)
 
     @torch.inference_mode()
     def step(self, token, sample=None, more=False):
@@ -286,7 +287,7 @@ class Engine:
                 return sample(self.logits), states
             self.copy(self.host_token, self.token)
             self.done.record(self.main)
-            if more:
+            if more and self.length < self.given:
                 self.begin()
             self.done.synchronize()
             return int(self.host_token), states

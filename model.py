@@ -109,9 +109,8 @@ def by_state(state):
     if state.numel() == 1:
         return [(int(state), None)]
     flat = state.reshape(-1)
-    groups = [(s, (flat == s).nonzero()[:, 0]) for s in (0, 1, 2, 4)]
-    groups = [(s, rows) for s, rows in groups if len(rows)]
-    return [(groups[0][0], None)] if len(groups) == 1 else groups
+    found = flat.unique().tolist()
+    return [(found[0], None)] if len(found) == 1 else [(s, (flat == s).nonzero()[:, 0]) for s in found]
 
 
 def run(groups, f, x, width):
@@ -362,7 +361,7 @@ class LLM(nn.Module):
 
     def bytes(self):
         """Bytes of the weights: of the blocks by state plus the head that goes with it, of the plain bf16 model, of all."""
-        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+        size = lambda tensors: sum(t.nbytes for t in tensors)
         linears = [m for m in self.modules() if isinstance(m, RoutedLinear)]
         head = size(self.head_int8.tensors() if self.head_int8 else [self.head.weight])
         low = {s: size(t for m in linears if s in m.low for t in m.low[s].tensors()) for s in (1, 2, "fill")}

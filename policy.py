@@ -167,28 +167,23 @@ class Scorer(nn.Module):
         position = start if torch.is_tensor(start) else self.positions(start, T, h.device)
         return torch.cat([x, position.expand(B, T, 2)], dim=-1)
 
-    def log_damage(self, features, blocks):
-        """features (B, T, d + 2), blocks: a range of g 0-based block numbers -> (B, T, g, 4, 4), the last two s and s'."""
-        return self.log_damage_by(features, *self.rows(blocks)[:3])
-
-    def rows(self, blocks):
-        """What is looked up by block, for each of a range: gain and shift (g, 128), bias (g, 4, 4), never (g, 1, 4)."""
+    def of_blocks(self, blocks):
+        """What is looked up by block, for a range of g 0-based numbers: gain and shift (g, 128), bias (g, 4, 4), never (g, 1, 4)."""
         return [t[blocks[0] : blocks[-1] + 1] for t in (self.gain, self.shift, self.bias, self.never)]
 
-    def log_damage_by(self, features, gain, shift, bias):
-        u = F.silu(F.linear(features, self.first.weight, self.first.bias))
-        if self.training:
-            u = F.dropout(u, self.DROPOUT)
+    def log_damage(self, features, gain, shift, bias):
+        """features (B, T, d + 2) and what is looked up -> (B, T, g, 4, 4), the last two s and s'."""
+        u = F.dropout(F.silu(F.linear(features, self.first.weight, self.first.bias)), self.DROPOUT, self.training)
         u = F.linear(u, self.second.weight, self.second.bias)[..., None, :]
         v = F.silu(torch.addcmul(shift, u, gain))
         return F.linear(v, self.third.weight)[..., None, :] + bias
 
     def forward(self, features, blocks):
-        """q(s' | h, i, s), shapes as `log_damage`; -inf for skipping the last block."""
-        return self.q(features, *self.rows(blocks))
+        """q(s' | h, i, s) for a range of blocks, shapes as `log_damage`; -inf for skipping the last block."""
+        return self.q(features, *self.of_blocks(blocks))
 
     def q(self, features, gain, shift, bias, never):
-        q = torch.addcmul(never, self.log_damage_by(features, gain, shift, bias).exp_(), self.sign)
+        q = torch.addcmul(never, self.log_damage(features, gain, shift, bias).exp_(), self.sign)
         return q - self.lam * self.smooth if self.lam else q
 
 
@@ -257,7 +252,7 @@ class Fixed:
 
 
 def random_states(shape, cost, costs, generator):
-    """Every (block, token) at random between the two executed states around a mean cost: the baseline "at equal cost".
+    """Every (block, token) at random between the two states around a mean cost: the baseline "at equal cost".
 
     shape (L, B, T); first block state 4. A cost below that of INT4 mixes skips with INT4. Returns (L, B, T) uint8.
     """
@@ -350,6 +345,7 @@ class Policy:
             reach = f"{targets[0]:g} to {targets[-1]:g}" if targets else "nothing"
             raise ValueError(f"speedup {speedup:g} is out of reach: this policy was calibrated for {reach}")
         self.mu, self.tracked, self.owed = self.price(speedup), speedup if track else None, 0.0
+        self.cost_of = dict(zip(STATE_OF, self.costs.tolist()))
         return self
 
     def price(self, speedup):
@@ -362,15 +358,15 @@ class Policy:
         (s0, mu0), (s1, mu1) = self.prices[high - 1], self.prices[high]
         return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
 
-    def follow(self, spent):
-        """After a decoded token, whose blocks cost `spent` in the mean: aim the next price at the goal less a share of what this text's
-        tokens have overspent (ours).
+    def follow(self, path):
+        """After a decoded token, whose blocks ran in the states `path`, a list: aim the next price at the goal less a share of what this
+        text's tokens have overspent (ours).
 
         An integral controller over the calibrated prices: a bias of the text is paid back within about `PATIENCE` tokens.
         """
         L, overhead = len(self.scale), self.settings.get("overhead", (0.0, 0.0))
         goal = goal_cost(self.tracked, L, overhead)
-        self.owed += spent - goal
+        self.owed += sum(self.cost_of[s] for s in path) / L - goal  # `mean_cost`, in Python numbers: one token has to be quick
         aim = max(goal - self.owed / self.PATIENCE, 0.01)
         self.mu = self.price((4 * L + overhead[0]) / (L * aim + overhead[1]))
 
@@ -396,8 +392,7 @@ class Policy:
         table = self.scorer(self.scorer.features(x, start), blocks)
         self.states[blocks[0] : blocks[-1] + 1] = self.choose(table, self.states[blocks[0] - 1])
         if self.tracked and x.shape[1] == 1 and start and blocks[-1] == len(self.scale) - 1:
-            spent, ran = dict(zip(STATE_OF, self.costs.tolist())), self.states.flatten().tolist()
-            self.follow(sum(spent[s] for s in ran) / len(ran))  # `mean_cost`, in Python numbers: one token has to be quick
+            self.follow(self.states.flatten().tolist())
 
     def choose(self, table, before):
         """The states of consecutive blocks: priced and chosen for every s at once (Eq 18; Eq 11 if tau is set), then looked up.

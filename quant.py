@@ -17,8 +17,8 @@ Three things are kept apart on purpose:
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
                `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement. For many
-               rows INT8 multiplies by the codes and scales the output, and INT4 in aten's layout, which holds nothing else, takes its kernel;
-               every other case takes the path named "reference": dequantise, then multiply. `kernel` says which one a weight uses.
+               rows INT8 multiplies by the codes and scales the output, and INT4 in aten's layouts, which we cannot unpack, takes aten's
+               kernels; every other case dequantises, then multiplies ("reference"). `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -68,12 +68,9 @@ def quantize_int4(weight):
 
     weight (N, K) float -> codes (N, K) uint8 in 0..15, scale and zero (N, ceil(K / GROUP)) fp32 holding bf16 values.
     """
-    w = weight.detach().float()
-    N, K = w.shape
-    pad = -K % GROUP
-    if pad:  # repeating a column leaves the minimum and maximum of its group alone
-        w = torch.cat([w, w[:, -1:].expand(N, pad)], dim=1)
-    w = w.view(N, -1, GROUP)
+    N, K = weight.shape
+    # repeating a column leaves the minimum and maximum of its group alone
+    w = F.pad(weight.detach().float(), (0, -K % GROUP), mode="replicate").view(N, -1, GROUP)
     low, high = w.amin(-1), w.amax(-1)
     scale = _bf16((high - low) / 15).clamp(min=1e-20)
     zero = _bf16(low + 8 * scale)
@@ -84,8 +81,7 @@ def quantize_int4(weight):
 def dequantize_int4(codes, scale, zero):
     """codes (N, K) uint8, scale and zero (N, ceil(K / GROUP)) -> (N, K) fp32."""
     K = codes.shape[1]
-    scale = scale.float().repeat_interleave(GROUP, dim=1)[:, :K]
-    zero = zero.float().repeat_interleave(GROUP, dim=1)[:, :K]
+    scale, zero = (t.float().repeat_interleave(GROUP, dim=1)[:, :K] for t in (scale, zero))
     return (codes.float() - 8) * scale + zero
 
 
@@ -224,8 +220,6 @@ class FakeWeight:
     """A dequantised weight (N, K), which `make()` gives: x (n, K) -> x W^T (n, N). Fastest for many tokens at once; kept, the largest in
     memory, or made anew at every call."""
 
-    kernel = "fake"
-
     def __init__(self, make, keep=True):
         self.kept, self.make = (make(), None) if keep else (None, make)
 
@@ -256,7 +250,7 @@ def product(x, weight, bias=None):
 
 
 LANES = 96  # outputs side by side in a table of `bag_row`: their sums fill 12 of AVX2's 16 registers
-LARGE = 2**20  # weights from which `bag_row` beats int8pack there (measured, results/NOTES.md); below it its three more operators count
+LARGE = 2**20  # weights from which `bag_row` beats int8pack there (measured, results/NOTES.md); for fewer its three more operators cost more
 
 
 def bag_table(codes):
@@ -342,7 +336,8 @@ class Int4Weight:
     """INT4 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 aten" and
-    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", two codes to a byte.
+    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", whose
+    layout is that of "int4 compiled".
     """
 
     def __init__(self, codes, scale, zero, dtype):
@@ -351,12 +346,11 @@ class Int4Weight:
         self.N, self.width = N, K
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
-        apart = lambda: torch.stack([scale, zero]).to(dtype)
+        words = lambda: [pack_words(F.pad(codes, (0, -K % GROUP))), torch.stack([scale, zero]).to(dtype)]
         layouts = {
             "int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
             "int4 aten": lambda: [torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8), interleaved()],
-            "int4 compiled": lambda: [pack_words(codes), apart()],
-            "reference": lambda: [pack_nibbles(codes), apart()]}
+            "int4 compiled": words, "reference": words}
         if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
             candidates = {name: layouts[name] for name in ("int4 compiled", "int4 aten")}
             self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
@@ -370,8 +364,7 @@ class Int4Weight:
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
         if self.kernel == "int4 aten" or self.kernel == "int4 compiled" and len(x) == 1:
             return row_product(self.kernel, x, self.tensors(), self.N)
-        codes = unpack_nibbles(self.codes, self.width) if self.kernel == "reference" else unpack_words(self.codes)
-        return F.linear(x, dequantize_int4(codes, *self.scale_zero).to(x.dtype))
+        return F.linear(x, dequantize_int4(unpack_words(self.codes)[:, : self.width], *self.scale_zero).to(x.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -389,8 +382,8 @@ def int8_row(x, codes, scale):
 
 
 def pack_words(codes):
-    """codes (N, K) uint8 in 0..15 -> (N, K / 8) int32. Input 8 k + j of group g is nibble k of word j * groups + g, so that neighbours
-    in memory, of words, of scales and of `in_planes`' inputs alike, are neighbours in g: a GPU loads 16 bytes at once."""
+    """codes (N, K) uint8 in 0..15 -> (N, K / 8) int32, eight codes each: word (j, g), j < 8, g < K / 64, holds those of the inputs
+    64 g + 8 k + j, k = 0..7, the lowest nibble first. g runs fastest in words, scales and `in_planes` alike, so a GPU loads 16 bytes at once."""
     groups = codes.view(len(codes), -1, 8, 8)  # g, k, j
     words = functools.reduce(torch.bitwise_or, (groups[:, :, k].int() << 4 * k for k in range(8)))
     return words.transpose(1, 2).reshape(len(codes), -1)
@@ -403,8 +396,8 @@ def unpack_words(words):
 
 
 def in_planes(x):
-    """x (1, K) -> (8, K / 8) fp32: what nibble k of every word multiplies. By `index_copy_`, which torch.compile puts into the kernel that
-    makes x; a transposition would be one more."""
+    """x (1, K) -> (8, K / 8) fp32 in the order of `pack_words`: row k is what nibble k of each word multiplies. By `index_copy_`, which
+    torch.compile puts into the kernel that makes x; a transposition would be one more."""
     K = x.shape[1]
     i = torch.arange(K, device=x.device)
     place = (i // 8 % 8 * 8 + i % 8) * (K // GROUP) + i // GROUP
@@ -422,15 +415,19 @@ def int4_row(planes, words, scale_zero):
 ROW_KERNELS = {
     "bf16 cublas": F.linear, "bf16 compiled": bf16_row, "int8 aten": torch._weight_int8pack_mm, "int8 compiled": int8_row,
     "int4 aten": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero), "int4 compiled": int4_row}
-CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}
+CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}; infer.Engine notes what it can't compile
+
+
+def compiled(f, tuned):
+    """f by torch.compile for static shapes, a compilation each, kept on disk by PyTorch. tuned: products of one row in it become sums,
+    which every multiprocessor shares, and kernels are searched for at length."""
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": tuned})
 
 
 @functools.cache
 def row_kernel(name):
-    if not name.endswith("compiled"):
-        return ROW_KERNELS[name]
-    torch._dynamo.config.recompile_limit = 256  # a compilation a shape
-    return torch.compile(ROW_KERNELS[name], dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
+    return compiled(ROW_KERNELS[name], tuned=True) if name.endswith("compiled") else ROW_KERNELS[name]
 
 
 def row_product(name, x, tensors, N):
@@ -447,8 +444,8 @@ def operand(name, x):
 def row_operator(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, rows: int) -> torch.Tensor:
     """An operator of its own, so that torch.compile of a whole block leaves it alone: inlined, what comes before it would be computed
     again for every row of the weight."""
-    # torch.compile guards on every stride, that of a dimension of 1 too, tells a Parameter from a Tensor, and sees whether its caller is in
-    # inference mode or in the first call of a compiled block: one compilation for all
+    # What is passed on must look the same whoever calls, or it is compiled again: torch.compile guards on every stride, that of a dimension of
+    # 1 too, on Parameter or Tensor, on inference mode, and on being in the first call of a compiled block
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
         return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
 
@@ -464,7 +461,8 @@ def gpu_microseconds(name, x, tensors, N):
     x = operand(name, x)
     row_operator(name, x, copies[-1], N, 1)  # should a copy compile anew: that is not allowed in a capture
     graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # a capture that fails leaves its stream the current one; `stream` puts ours back
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for copy in copies:
             row_operator(name, x, copy, N, 1)
     graph.replay()

@@ -407,7 +407,7 @@ def speed_gpu(args):
     about = SimpleNamespace(name=" and ".join(SHAPES), weights="shapes with random weights", fingerprint=lambda: None)
     markdown = gpu_table(shapes)
     save_result(path, device, about, args.seed, caption=caption, markdown=markdown, bandwidth_gb_s=bandwidth, shapes=shapes,
-                kernels={k if k == "engine" else " x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
+                kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
     print(f"{caption}\n\n{markdown}\n\nwrote {path} and {draw(path)}")
 
 

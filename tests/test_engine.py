@@ -134,7 +134,9 @@ def test_any_order_that_streams_allow_gives_the_same(tmp_path, horizon):
         engine = Shuffled(model, 200, seed)
         for sync in (False, True):
             out = compare(model, random_policy(model, seed, horizon), engine, sync=sync)
-        compare(model, random_policy(model, seed, horizon), engine, eos=out["tokens"][3:4])  # ends with the next token begun
+        policy, eos = random_policy(model, seed, horizon), out["tokens"][3:4]
+        short = compare(model, policy, engine, eos=eos)  # ends with the next token begun
+        compare(model, Fixed(short["states"][:, None], policy.scale), engine, eos=eos)  # there is none: its states were not recorded
         compare(model, random_policy(model, seed + 1, horizon), engine, 10)
 
 
@@ -199,7 +201,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeyp
     engine = Engine(model, 200)
     engine.compiled = lambda f: f.no_such_thing
     compare(model, random_policy(model, 0), engine)
-    assert "no_such_thing" in found["engine"] and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert all("no_such_thing" in v["kernel"] for v in found.values()) and set(found) == {("embed_into",), ("block_into",), ("best_into",)}
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3  # each once
 
 
 def test_buckets():
@@ -277,6 +280,29 @@ def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, 
         compare(model, random_policy(model, horizon, horizon), engine, 10)
     counts = {f: made.count(f) for f in made}
     assert engine.compiled and counts.pop("block_into") <= 4 and counts == {"embed_into": 1, "best_into": 2}
+
+
+@torch.no_grad()
+def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
+    """What a GPU compiles, its weights in a GPU's layouts: the products stay calls, one graph for every block in a state."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)
+    tiny_folder(tmp_path, layers=6, intermediate_size=128)
+    model, _ = load(str(tmp_path), dtype=torch.bfloat16)
+    model.quantize(real=True)
+    for linear in [linear for block in model.blocks for linear in block.linears().values()]:
+        int4, linear.linear = quant.quantize_int4(linear.weight), quant.linear_by_row
+        linear.low = {1: quant.Int4Weight(*int4, torch.float32), 2: quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)}
+        linear.low["fill"] = quant.Int4Weight(*(t[-2 * model.blocks[0].kv_size :] for t in int4), torch.float32)
+        linear.low[2].kernel = "int8 compiled"
+        for weight in (linear.low[1], linear.low["fill"]):
+            weight.kernel, weight.scale_zero = "int4 compiled", weight.scale_zero.bfloat16()
+    calls, engine = [], Engine(model, 200)
+    count = lambda gm: sum(node.target == torch.ops.dash.row_product.default for node in gm.graph.nodes)
+    engine.compiled = functools.cache(lambda f: torch.compile(f, backend=lambda gm, _: calls.append((f.__name__, count(gm))) or gm.forward,
+                                                              fullgraph=True, dynamic=False))
+    compare(model, Fixed([4, 0, 2, 1, 1, 4], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), engine, 10)
+    assert not engine.plain and sorted(calls) == [("block_into", 1), *[("block_into", 4)] * 3, ("embed_into", 0)]
 
 
 def test_words_hold_the_codes():

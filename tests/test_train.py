@@ -233,7 +233,7 @@ def test_fit_finds_what_the_hidden_state_says():
     scorer = Scorer(4, 32)
     features = scorer.features(hidden.view(8, 256, 32), 0)
     fisher.fit(scorer, labels, {1: features.flatten(0, 1)}, 4, seed=0, epochs=12)
-    predicted = scorer.log_damage(features, range(1, 4))[..., 0, :3].flatten(0, 1).exp().detach()
+    predicted = scorer.log_damage(features, *scorer.of_blocks(range(1, 4))[:3])[..., 0, :3].flatten(0, 1).exp().detach()
     for k in range(3):
         for b in range(3 - (k == 0)):
             a = torch.stack([predicted[:, b, k].log(), wanted[:, b, k].log()])
