@@ -120,8 +120,7 @@ class Checkpoint:
     """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
 
     def __init__(self, path, settings, seed, resume):
-        settings = dict(settings)
-        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), settings, seed, {}, {"step": 0}
+        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), dict(settings), seed, {}, {"step": 0}
         if resume and self.path.exists():
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:
@@ -176,10 +175,7 @@ def format_table(header, rows):
 
 def by(rows, key):
     """rows in groups of the same key: {value: [row]}, in order."""
-    out = {}
-    for row in rows:
-        out.setdefault(row[key], []).append(row)
-    return out
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
 def save_result(path, device, model, seed, **content):

@@ -72,13 +72,6 @@ def some_articles(args, default):
     return load_articles("cnn_dm", "test", args.data_dir)[: args.limit or (None if args.full else default)]
 
 
-def known_of(model, policy, seed):
-    """What baselines may go by: the damage that train.py left in a policy file."""
-    left = policy.settings if policy else {}
-    damage = {name: torch.tensor(left[name]) for name in ("damage", "position_damage") if name in left}
-    return baselines.Known(model.config.n_layer, bit_costs(model.config), seed, policy and policy.scale, model.config, **damage)
-
-
 def make_policy(method, speedup, known, model, policy, path):
     """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name (baselines.py); measures what it goes by."""
     top = most_speedup(known.L, bit_costs(model.config))
@@ -109,11 +102,8 @@ def with_kv(policy, kv):
 
 def in_rounds(rounds, contenders):
     """Run every contender once a round, in turn: {name: [value of each round]}."""
-    values = {name: [] for name in contenders}
-    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
-        for name, f in contenders.items():
-            values[name].append(f())
-    return values
+    found = [[f() for f in contenders.values()] for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False)]
+    return dict(zip(contenders, map(list, zip(*found))))
 
 
 def ratio(values, a, b):
@@ -152,7 +142,10 @@ def rouge():
 
 def summary_prompt(model, tokenizer, article):
     """What asks for a summary -> (prompt, whether it is the turn of a chat). A chat model is asked, any other sees TL;DR:."""
-    text = tokenizer.decode(tokenizer.encode(article["article"])[: min(ARTICLE, model.config.block_size - SUMMARY - 100)])
+    room = model.config.block_size - SUMMARY - 100
+    if room < 1:
+        raise ValueError(f"{model.name} has a context of {model.config.block_size} tokens, too short for cnn_dm; give a model of at least 512")
+    text = tokenizer.decode(tokenizer.encode(article["article"])[: min(ARTICLE, room)])
     chat = bool(tokenizer.chat_template)
     return f"Summarize this article in three sentences.\n\n{text}" if chat else f"{text}\n\nTL;DR:", chat
 
@@ -214,8 +207,10 @@ def at_hand(args, task, default, path, needed=True):
     if args.file and policies[0] and Path(args.file).resolve() == Path(str(policies[0].settings.get("data"))).resolve():
         print(f"note: {path} was trained on the first four fifths of {args.file}", file=sys.stderr)
     model.quantize(int4=int4)
-    known, context = known_of(model, policies[0], args.seed), model.config.block_size
-    known.samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device)
+    context, left = model.config.block_size, policies[0].settings if policies[0] else {}  # where train.py left the damage that baselines go by
+    known = baselines.Known(model.config.n_layer, bit_costs(model.config), args.seed, policies[0] and policies[0].scale, model.config,
+                            windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device),
+                            **{name: torch.tensor(left[name]) for name in ("damage", "position_damage") if name in left})
     limit, size = args.limit or (10**6 if args.full else default), context if choice else min(LONG, context)
     return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
 

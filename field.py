@@ -50,10 +50,11 @@ def lost(row, full):
     return spread(row["each"]["nats"], full["each"]["nats"], form="+.3f")
 
 
-def made(there, policy):
+def made(there, *policies):
     """How the gates and DASH were trained, for a caption."""
     how = dict.fromkeys(f"{r.kind} {r.settings['steps']} steps on {r.settings['data']}" for r in there)
-    return f"Gates trained: {', '.join(how)}" + (f", DASH on {policy.settings['data']}." if policy else ".")
+    on = dict.fromkeys(policy.settings["data"] for policy in policies if policy)
+    return f"Gates trained: {', '.join(how)}" + (f", DASH on {', '.join(on)}." if on else ".")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def controllers(args):
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
-               f"prices are set on this text. {'; '.join(said)}.")
+               f"prices are set on this text.{' ' * bool(said)}{'; '.join(said)}{'.' * bool(said)}")
     publish(args, "controllers", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 
@@ -192,6 +193,8 @@ def laco(model, samples, n):
             else:
                 i -= 1
         threshold -= 0.05
+        if threshold < -1:
+            raise ValueError(f"{model.name}: LaCo finds no blocks to merge; a model of this depth can't lose {n}")
     bar.close()
     return with_blocks(model, blocks)
 
@@ -203,11 +206,11 @@ def retain(args):
         rouge()  # not installed, or below a file that is missing: say so before an hour's work
     for task in tasks:
         load_text(*source(args, task, "train")), load_text(*source(args, task, "test"), task not in TEXTS)
-    rows, short, n_of = [], {}, {}
+    rows, short, n_of, used = [], {}, {}, []
     for task in tasks:
         default = 2 if task in TEXTS else 12
         model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, policy_path(args, task), needed=False)
-        L, there = known.L, gates(args, model, "flexidepth", "mindskip")
+        L, there, used = known.L, gates(args, model, "flexidepth", "mindskip"), [*used, policy]
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
         texts, metric = examples if task == "cnn_dm" else pieces(examples), metric_of(task)
@@ -247,6 +250,6 @@ def retain(args):
     counts, numbers = ", ".join(f"{t} {n_of[t]}" for t in tasks), " and ".join(map(str, asked))
     caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {numbers} of {L} blocks skipped [95% "
                f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
-               f"ShortGPT's cost on this text. {made(there, policy)}")
+               f"ShortGPT's cost on this text. {made(there, *used)}")
     markdown = format_table(["method, blocks skipped", *tasks], cells)
     publish(args, "retain", model, caption=caption, markdown=markdown, n=n_of, rows=rows)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from timeit import repeat
 from types import SimpleNamespace
 
 import torch
@@ -106,19 +107,18 @@ def gpt_fast(folder, c, device, context, tokens):
     return step
 
 
-def peers(model, tokenizer, ids, tokens, threads, device):
-    """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights -> ({name: f -> median
-    seconds a token}, packages that are not installed)."""
-    out, missing = {}, []
-    path = fetch_smollm2()
+def peers(model, ids, tokens, threads, device):
+    """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights -> {name: f -> median seconds a
+    token}; says which of them is not installed."""
+    out, path = {}, fetch_smollm2()
     try:
         theirs = transformers_model(model.config, device)
         theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
         out["transformers bf16"] = lambda: transformers_step(theirs, ids, tokens)
     except ImportError:
-        missing.append("transformers")
+        print("not installed, so not compared: transformers")
     if device.type != "cpu":  # what llama-cpp-python installs runs on the CPU
-        return out, missing
+        return out
     try:
         from llama_cpp import Llama
 
@@ -127,31 +127,20 @@ def peers(model, tokenizer, ids, tokens, threads, device):
         def run_llama():
             llama.reset()
             llama.eval(ids)
-            seconds = []
-            for _ in range(tokens):
-                began = time.perf_counter()
-                llama.eval([llama.sample(temp=0.0)])
-                seconds.append(time.perf_counter() - began)
-            return statistics.median(seconds)
+            return statistics.median(repeat(lambda: llama.eval([llama.sample(temp=0.0)]), number=1, repeat=tokens))
 
         out["llama.cpp Q4_1"] = run_llama
     except ImportError:
-        missing.append("llama-cpp-python")
-    return out, missing
+        print("not installed, so not compared: llama-cpp-python")
+    return out
 
 
 def read_bandwidth(device):
     """GB/s of reading memory, the best of 5: 1 GiB once on the CPU, 4 GiB eight times on a GPU."""
-    size, times = (2**30, 8) if torch.device(device).type == "cuda" else (2**28, 1)
-    big, best = torch.ones(size, device=device), float("inf")
-    for _ in range(5):
-        float(big[0])  # on a GPU: waits for what was launched
-        began = time.perf_counter()
-        for _ in range(times):
-            total = big.sum()
-        float(total)
-        best = min(best, time.perf_counter() - began)
-    return times * big.numel() * 4 / best / 1e9
+    size, times = (2**30, 8) if device.type == "cuda" else (2**28, 1)
+    big = torch.ones(size, device=device)
+    best = min(repeat(lambda: [big.sum() for _ in range(times)][-1].item(), number=1, repeat=5))
+    return times * size * 4 / best / 1e9
 
 
 def speed(args):
@@ -174,27 +163,21 @@ def speed(args):
 
     # Tokens/s of each path and of the peers
     uniform = {"all bf16": None, "all INT8": Fixed([2] * L), "all INT4": Fixed([1] * L), "all skipped": Fixed([4] + [0] * (L - 2) + [1])}
-    theirs, missing = peers(model, tokenizer, tokenizer.encode(prompt), tokens, threads, device) if args.model == "smollm2" else ({}, [])
-    for name in missing:
-        print(f"not installed, so not compared: {name}")
+    theirs = peers(model, tokenizer.encode(prompt), tokens, threads, device) if args.model == "smollm2" else {}
     seconds = in_rounds(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
     per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
+    @torch.inference_mode()
     def no_blocks():
-        times = []
-        for _ in range(50):
-            began = time.perf_counter()
-            with torch.inference_mode():
-                x = model.embed(torch.tensor([[1]], device=device)).view(1, -1)
-                model.rope(5, 1)
-                int(model.logits(model.norm(x))[0].argmax())
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+        x = model.embed(torch.tensor([[1]], device=device)).view(1, -1)
+        model.rope(5, 1)
+        int(model.logits(model.norm(x))[0].argmax())
 
+    alone = lambda: statistics.median(repeat(no_blocks, number=1, repeat=50))
     half = with_blocks(model, model.blocks[: L // 2])
     graphs = lambda: beside_blocks(step(), generate(half, tokenizer, prompt, None, tokens)["step_s"], L)
-    overhead = statistics.median((graphs if device.type == "cuda" else no_blocks)() for _ in range(args.rounds)) * 1000
+    overhead = statistics.median((graphs if device.type == "cuda" else alone)() for _ in range(args.rounds)) * 1000
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     table = block_times(*(total[name] for name in uniform), overhead, L)
 
@@ -315,11 +298,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
         m.engine = Engine(m, context + tokens)
     run = lambda policy=None, m=model, **options: generate(m, IDS, ids.tolist(), policy, tokens, **options)
 
-    def step(*args, **options):
-        """Median seconds from one token's coming to the next one's."""
-        times = []
-        run(*args, on_token=lambda *_: times.append(time.perf_counter()), **options)
-        return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+    step = lambda *args, **options: run(*args, **options)["step_s"]  # seconds from one token's coming to the next one's
 
     def alternate(contenders):
         for f in contenders.values():

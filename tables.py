@@ -33,8 +33,7 @@ def table(args):
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
         asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
         metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS, priced=True)
-        header, cells = table_cells(rows, metric)
-        markdown = "\n\n".join([format_table(header, cells), *paper_tables(PAPERS.get(task))])
+        markdown = "\n\n".join([table_cells(rows, metric), *paper_tables(PAPERS.get(task))])
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
         how = "in bits and measured in batch-1 decoding, median of 5 rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
@@ -65,7 +64,7 @@ def table_cells(rows, metric):
             place = max((s for s in speedups if s <= own), default=speedups[0])
             line = {s: "can't reach" if s > own > 1 else "" for s in speedups} | {place: line[1.0]}
         cells.append([method, *(line.get(s, "") for s in speedups)])
-    return ["", *(f"{s:g}x" for s in speedups)], cells
+    return format_table(["", *(f"{s:g}x" for s in speedups)], cells)
 
 
 def paper_tables(key):
@@ -292,8 +291,7 @@ def figure4(args, model, policies, rows, similarity, what):
     policy, decided = policies[0], similarity[1:].flatten()
     speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
     cells, shares, skip_rate = [], {}, {}
-    tenth = torch.empty(len(decided), dtype=torch.int64)
-    tenth[decided.argsort()] = torch.arange(len(decided)) * 10 // len(decided)
+    tenth = decided.argsort().argsort() * 10 // len(decided)
     for speedup in speedups:
         model.hidden(rows, policy.at(speedup))
         states = policy.states[1:, :, 1:].flatten().cpu()
