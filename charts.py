@@ -336,16 +336,16 @@ def depth(r):
 
 
 def retain(r):
-    """Retained % by task, a line a method."""
-    tasks = by([row for row in r["rows"] if row["skipped"]], "task")
+    """Retained % by task, a line a method; a task of which the full model gets nothing has none."""
+    tasks = by([row for row in r["rows"] if row["skipped"] and "retained" in row], "task")
     figure, panels = canvas(12, 7, 3, 2)  # the last is for the legend
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     for axes, (task, rows) in zip(panels, tasks.items()):
         for n, (method, those) in enumerate(by(rows, "method").items()):
-            those = sorted((row for row in those if "retained" in row), key=lambda row: row["speedup"])
+            those = sorted(those, key=lambda row: row["speedup"])
             values, spans = [100 * row["retained"] for row in those], [[100 * v for v in row["interval"]] for row in those]
-            axes.errorbar([row["speedup"] + 0.004 * n for row in those], values, error(values, spans) if those else None, marker="o", markersize=4,
+            axes.errorbar([row["speedup"] + 0.004 * n for row in those], values, error(values, spans), marker="o", markersize=4,
                           capsize=3, elinewidth=0.7, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
         axes.set(title=task, xlabel="speedup in bits", ylabel="% of the full model", ylim=(0, None))
