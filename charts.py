@@ -124,7 +124,7 @@ def timeline(r):
         for wait, color in ((False, "tab:blue"), (True, "lightgray")):
             bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
             axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
-    axes.set(xlabel="milliseconds", title=f"One token, decided one block ahead, {r['shapes'][0]['name']}, {r['device']}", yticks=range(len(rows)),
+    axes.set(xlabel="milliseconds", title=f"One token, decided one block ahead, {r['shapes'][-1]['name']}, {r['device']}", yticks=range(len(rows)),
              yticklabels=rows.values())
     axes.invert_yaxis()
     return figure

@@ -428,11 +428,15 @@ def main():
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)
+    if device.type == "cuda":
+        print("compiling for this GPU takes minutes the first time", file=sys.stderr)
     if policy:
         policy.check(model)
         model.quantize(real=True, int4=policy.int4)
     else:
         model.round_head()
+        for linear in [linear for block in model.blocks for linear in block.linears().values()]:
+            linear.choose_row()
     costs, color, endless = bit_costs(model.config), sys.stdout.isatty(), copy.copy(tokenizer)
     endless.eos = ()  # a reference that ended at once would time the prompt
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)

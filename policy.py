@@ -173,7 +173,9 @@ class Scorer(nn.Module):
 
     def log_damage(self, features, gain, shift, bias):
         """features (B, T, d + 2) and what is looked up -> (B, T, g, 4, 4), the last two s and s'."""
-        u = F.dropout(F.silu(F.linear(features, self.first.weight, self.first.bias)), self.DROPOUT, self.training)
+        u = F.silu(F.linear(features, self.first.weight, self.first.bias))
+        if self.training:  # drawn on the CPU, so that every device learns the same
+            u = u * F.dropout(torch.ones(u.shape), self.DROPOUT).to(u.device)
         u = F.linear(u, self.second.weight, self.second.bias)[..., None, :]
         v = F.silu(torch.addcmul(shift, u, gain))
         return F.linear(v, self.third.weight)[..., None, :] + bias

@@ -27,6 +27,7 @@ that are ours").
 
 import functools
 import hashlib
+import sys
 
 import torch
 import torch.nn as nn
@@ -495,6 +496,8 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
             except Exception as e:  # whatever compilers and operators raise for shapes or machines that they do not serve
                 found[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         CHOSEN[key] = found | {"kernel": min(times, key=times.get, default="reference")}
+        if not times or any(name.endswith("compiled") and name not in times for name in found):
+            print(f"slower than it could be: products of {key[0]} bits, {key[1]} x {key[2]}, by {CHOSEN[key]['kernel']}; {found}", file=sys.stderr)
     return CHOSEN[key]["kernel"]
 
 
@@ -537,6 +540,14 @@ class RoutedLinear(nn.Module):
         return y if self.bias is None else y + self.bias[-y.shape[-1]:]
 
     @torch.no_grad()
+    def choose_row(self):
+        """On a GPU in bf16, what computes one row in state 4, by measurement."""
+        if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
+            layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
+            chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
+            self.linear = linear_by_row if chosen == "bf16 compiled" else product
+
+    @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):
         """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights.
 
@@ -548,10 +559,7 @@ class RoutedLinear(nn.Module):
             self.low = {1: Int4Weight(*int4, dtype), 2: Int8Weight(*int8, dtype)}
             if fill_from is not None:
                 self.low["fill"] = Int4Weight(*(t[fill_from:] for t in int4), dtype)
-            if self.weight.is_cuda and dtype == torch.bfloat16:
-                layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
-                chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
-                self.linear = linear_by_row if chosen == "bf16 compiled" else product
+            self.choose_row()
         else:
             keep = not self.weight.is_cuda  # 7B parameters in fp32 twice more are 54 GB; a GPU makes them anew in no time
             fake = lambda dequantize, *codes: FakeWeight(lambda: dequantize(*codes).to(dtype), keep)

@@ -38,6 +38,8 @@ def table(args):
         how = "in bits and measured in batch-1 decoding, median of 5 rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
         how += "; static_mix goes by the means of labels"
+        if "measured" in rows[0] and model.embed.weight.is_cuda:
+            how += "; what no captured graphs serve is timed without them, against the full model without them"
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'}"
                    f"{', KL to the full model, nats' if metric == 'accuracy' else ''} [95% interval] "
                    f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
