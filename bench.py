@@ -116,7 +116,7 @@ def main():
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
     p.add_argument("--limit", type=int, help="how many windows, items, articles or requests a kind; eval: default 8 windows, 100 items, 8 articles")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
-    p.add_argument("--rounds", type=int, default=5, help="speed: times that each contender runs, in turn")
+    p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn")
     p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle")
     p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints")
     p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")

@@ -111,8 +111,8 @@ def ratio(values, a, b):
     return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
-def measured_speedup(model, tokenizer, policy, prompt):
-    """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of 5 alternating pairs of runs of 32
+def measured_speedup(model, tokenizer, policy, prompt, rounds):
+    """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of alternating pairs of runs of 32
     tokens, or of as many as AdaSkip needs to spend most of them after its warm-up."""
     tokens, tokenizer = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32, copy.copy(tokenizer)
     tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
@@ -125,7 +125,7 @@ def measured_speedup(model, tokenizer, policy, prompt):
     speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager)["tokens_per_second"]
     if model.embed.weight.is_cuda:
         speed(routed), speed(None)  # graphs are captured at their first use
-    values = in_rounds(5, {"routed": lambda: speed(routed), "full": lambda: speed(None)})
+    values = in_rounds(rounds, {"routed": lambda: speed(routed), "full": lambda: speed(None)})
     return [a / b for a, b in zip(values["routed"], values["full"])]
 
 
@@ -259,7 +259,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
         each = row["each"][key]
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
         if timed:
-            row["rounds"] = [1.0] if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt)
+            row["rounds"] = [1.0] if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt, args.rounds)
             row["measured"] = statistics.median(row["rounds"])
     tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}

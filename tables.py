@@ -35,7 +35,7 @@ def table(args):
         metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS, priced=True)
         markdown = "\n\n".join([table_cells(rows, metric), *paper_tables(PAPERS.get(task))])
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
-        how = "in bits and measured in batch-1 decoding, median of 5 rounds" if "measured" in rows[0] else "in bits"
+        how = f"in bits and measured in batch-1 decoding, median of {args.rounds} rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
         how += "; static_mix goes by the means of labels"
         if "measured" in rows[0] and model.embed.weight.is_cuda:

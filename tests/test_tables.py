@@ -74,7 +74,7 @@ def test_table(made, data):
     pytest.importorskip("rouge_score")
     for task in ("wikitext2", "cnn_dm", "arc_challenge"):
         n = 1 if task in evaluate.TEXTS else 2
-        done = bench_run(made, data, "table", "--task", task, "--limit", n, "--policy", "out-{task}/policy.safetensors")
+        done = bench_run(made, data, "table", "--task", task, "--limit", n, "--rounds", 1, "--policy", "out-{task}/policy.safetensors")
         assert done.returncode == 0, done.stderr
         r = result(made, f"table-{task}")
         assert r["markdown"] in done.stdout and (made / "results" / f"table-{task}.png").exists() and r["n"] == n
