@@ -88,7 +88,7 @@ def controllers(args):
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
     caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
-               f"prices are set on this text.{' ' * bool(said)}{'; '.join(said)}{'.' * bool(said)}")
+               "prices are set on this text.") + (f" {'; '.join(said)}." if said else "")
     publish(args, "controllers", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
 

@@ -5,8 +5,8 @@ each block in the state that the policy chooses (Eq 18-20); on the CPU the weigh
 kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
 median decoding step after the prompt, for the policy and for the full model in the same run.
 
-On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state, bucket of cache length), launched by the host as the states
-become known, while the scorer runs on a second stream. Prompts, batches and the CPU take the eager path, `LLM.hidden`.
+On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state, bucket of cache length), launched by the
+host as the states become known, while the scorer runs on a second stream. Prompts, batches and the CPU take the eager path, `LLM.hidden`.
 """
 
 import codecs
@@ -320,8 +320,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
-    "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text, states)` is called as tokens come;
-    its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
+    "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text,
+    states)` is called as tokens come; its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
     ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)

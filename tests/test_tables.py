@@ -72,7 +72,7 @@ def result(made, name):
 def test_table(made, data):
     """A task of each kind, one of them without a policy; all methods, each once."""
     pytest.importorskip("rouge_score")
-    for task in ("wikitext2", "cnn_dm", "arc_challenge"):
+    for task in ("wikitext2", "cnn_dm", "mmlu_5shot", "arc_challenge"):
         n = 1 if task in evaluate.TEXTS else 2
         done = bench_run(made, data, "table", "--task", task, "--limit", n, "--rounds", 1, "--policy", "out-{task}/policy.safetensors")
         assert done.returncode == 0, done.stderr
