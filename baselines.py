@@ -54,7 +54,7 @@ class Known:
     similarity: torch.Tensor = None  # (L, N) cosine of input and output of every block and token
     sublayers: torch.Tensor = None  # (2 L, N) the same of attention and MLP in turn
     ratio: torch.Tensor = None  # (2 L,) their mean |output| / |input|
-    damage: torch.Tensor = None  # (L, 4) mean label of each block and state, nats a token
+    damage: torch.Tensor = None  # (L, 4) mean label of each block and state, or what was measured, nats a token
     position_damage: torch.Tensor = None  # (POSITIONS, L, 4) the same by position
 
 

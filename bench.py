@@ -105,7 +105,8 @@ def main():
                                                             controllers, kv, depth, retain, multitoken, report)}
     p.add_argument("command", nargs="?", default="eval", choices=commands)
     p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
-                   help="lm (default) reads --file, or held-out pydocs without it; table: default all of the paper; figures: arc_easy")
+                   help="lm reads --file, or held-out pydocs without it; default: of eval lm or for a .jsonl mc, of table all of the paper, "
+                   "of figures arc_easy, else wikitext2 with --data-dir")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (baselines.py)")
@@ -114,7 +115,7 @@ def main():
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
-    p.add_argument("--limit", type=int, help="how many windows, items, articles or requests a kind; eval: default 8 windows, 100 items, 8 articles")
+    p.add_argument("--limit", type=int, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, 100 items, 8 articles")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn")
     p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle")
@@ -132,7 +133,7 @@ def main():
     if args.task and args.command in ("speed", "transfer", "report"):
         raise ValueError(f"--task {args.task}: {args.command} takes none")
     if args.file:
-        args.task = args.task or "lm"
+        args.task = args.task or ("mc" if args.file.endswith(".jsonl") else "lm")
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):
             raise ValueError(f"--file {args.file}: {args.command} reads a file for --task lm or mc only")
     if args.command not in ("eval", "report"):

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import platform
+import re
 import sys
 import time
 from importlib import metadata
@@ -53,8 +54,9 @@ def lock_folder(path):
         raise ValueError(f"another run is writing into {folder}; wait for it, or give another folder with --out") from None
     except (ImportError, OSError):  # Windows, and file systems without locks
         pass
-    for part in folder.glob("*.part"):  # of a run that was killed while it wrote
-        part.unlink(missing_ok=True)
+    for part in folder.glob("*.*.part"):  # of a run of ours that was killed while it wrote
+        if re.fullmatch(r".+\.(safetensors|jsonl?|png)\.\d+\.part", part.name):
+            part.unlink(missing_ok=True)
     return folder
 
 
@@ -96,7 +98,8 @@ def read_safetensors(path, maker="python train.py"):
     """What `write_safetensors` wrote -> (tensors, meta). Errors name the path, and the command that makes such a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; make it with {maker}")
-    with refusing(path, "is damaged or not ours", f"delete it and make it anew with {maker}"), safe_open(path, "pt") as f:
+    open(path, "rb").close()  # may not be read: says so itself
+    with refusing(path, "is damaged or not ours", f"give another file, or move it away and make it anew with {maker}"), safe_open(path, "pt") as f:
         meta = json.loads((f.metadata() or {})["dash"])
         if not isinstance(meta, dict):
             raise ValueError("no settings")
@@ -186,7 +189,7 @@ def save_result(path, device, model, seed, **content):
             versions[name] = metadata.version(name)
     about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed,
              "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-             "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint()}
+             "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint(), "int4": getattr(model, "int4", None)}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
 
 
@@ -225,17 +228,24 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(main):
     """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         return main()
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as the shell says of a program that SIGPIPE ends
     except (ValueError, OSError) as e:
         why = " ".join(str(e).split())
+        if getattr(e, "errno", None) == errno.ENOSPC and not e.filename:
+            why += "; free some space where the output goes"
     except torch.OutOfMemoryError:
         why = (f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
                "--samples, a shorter --prompt, or --device cpu")
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and NO_MEMORY not in str(e):
             raise
-        why = "this machine's memory is full; give a smaller --model, --limit or --samples, or a shorter --prompt"
+        why = "this machine's memory is full; give a smaller --model, --limit, --samples or --max-new-tokens, or a shorter --prompt"
     except KeyboardInterrupt:
         why = "interrupted; what was finished is kept, and train.py goes on from it with --resume"
     print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)

@@ -58,12 +58,12 @@ def folders(args, tasks):
         return ["lm"]
     found = [t for t in tasks if (Path(args.data_dir) / ("mmlu/dev.jsonl" if t == "mmlu_5shot" else t)).exists()]
     if not found:
-        raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or none for pydocs")
+        raise ValueError(f"--data-dir {args.data_dir} has none of {', '.join(tasks)}; give a folder that has, or leave --data-dir out")
     return found
 
 
 def one_text(args):
-    """The task of a command that measures one: --task, or wikitext2 where --data-dir has texts, or held-out pydocs."""
+    """The task of a command that measures one: --task, or wikitext2 with --data-dir, or held-out pydocs."""
     return args.task or ("wikitext2" if args.data_dir else "lm")
 
 
@@ -197,13 +197,16 @@ def at_hand(args, task, default, path, needed=True):
     model, tokenizer = load(args.model, device, torch.float32)
     if model.config.n_layer < 4:
         raise ValueError(f"{args.model} has {model.config.n_layer} blocks; to compare what is skipped, give a model of at least 4")
-    policies = [read_policy(path, model, needed), *(read_policy(other, model, True) for other in args.compare)]
+    files = list(dict.fromkeys([path, *args.compare]))  # a file that is named twice is one policy
+    policies = [read_policy(file, model, needed or file != path) for file in files]
     int4 = policies[0].int4 if policies[0] else None
-    for other, policy in zip(args.compare, policies[1:]):
+    if int4 is None:
+        print(f"note: {path} is not there or of another model, so INT4 codes are rounded to nearest", file=sys.stderr)
+    for file, policy in zip(files[1:], policies[1:]):
         if policy.int4 != int4:
-            raise ValueError(f"{other} has other INT4 codes than {path}; train both on the same data")
+            raise ValueError(f"{file} has other INT4 codes than {path}; train both on the same data")
     called = [name_of(p) if p else None for p in policies]
-    for policy, own, file in zip(policies, called, [path, *args.compare]):
+    for policy, own, file in zip(policies, called, files):
         if policy:
             policy.name = f"{own}, {file}" if called.count(own) > 1 else own
     if args.file and policies[0] and Path(args.file).resolve() == Path(str(policies[0].settings.get("data"))).resolve():
@@ -228,7 +231,8 @@ def rank(args, task, asked, default, timed=True, priced=False):
         rouge()
     path, metric = policy_path(args, task), metric_of(task)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
-    rows, policies, at_cost = [{"method": "full model", "target": 1.0}], [None], {}
+    rows, at_cost = [{"method": "full model", "target": 1.0}], {}
+    ran = [(rows[0], None)]  # those that there are, with their policies
     if priced and policy and task != "cnn_dm":  # there the price tracks
         reach = [s for method, s in asked if method == "dash" and s <= most_speedup(known.L, bit_costs(model.config))]
         kv = {"kv": args.kv} if args.kv else {}  # what a skip costs depends on it
@@ -237,24 +241,23 @@ def rank(args, task, asked, default, timed=True, priced=False):
         rows.append({"method": method, "target": speedup})
         try:
             routed = at_cost[speedup] if method == "dash" and speedup in at_cost else make_policy(method, speedup, known, model, policy, path)
-            policies.append(with_kv(routed, args.kv) if args.kv else routed)
+            ran.append((rows[-1], with_kv(routed, args.kv) if args.kv else routed))
         except (ValueError, FileNotFoundError) as e:
             if len(asked) == 1:
                 raise
             rows[-1]["missing"] = str(e)
-    prompt, int4 = tokenizer.decode(examples[0].rows[0, :32]), policy.int4 if policy else None
+    prompt, int4, path = tokenizer.decode(examples[0].rows[0, :32]), model.int4, path if policy else None
+    policies = [policy for _, policy in ran]
     found = compare(model, examples, policies) if task != "cnn_dm" else None
     if timed:
-        del model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the next model has to fit beside
+        del model  # what the next one has to fit beside
         model, tokenizer = load(args.model, pick_device(args.device), torch.bfloat16, routed=True)
         model.quantize(real=True, int4=int4)
     if task == "cnn_dm":
         examples = some_articles(args, default)
         found = summaries(model, tokenizer, examples, policies)
     key, statistic = METRICS[metric]
-    for row, new, routed in zip((r for r in rows if "missing" not in r), found, policies):
+    for (row, routed), new in zip(ran, found):
         row |= public(new)
         each = row["each"][key]
         row |= {"value": statistic(torch.tensor(each, dtype=torch.float64)).item(), "interval": bootstrap(statistic, each)}
@@ -262,7 +265,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
             row["rounds"] = [1.0] if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt, args.rounds)
             row["measured"] = statistics.median(row["rounds"])
     tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
-    return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path if policy else None}
+    return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path}
 
 
 def publish(args, name, model, **content):

@@ -46,7 +46,7 @@ class Gates(torch.autograd.Function):
 
 
 class Gated:
-    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
+    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8. fill_from: of qkv, the first row of k and v."""
 
     def __init__(self, linear, gates, fill_from=None):
         self.linear, self.gates, self.fill_from = linear, gates, fill_from
@@ -60,20 +60,20 @@ class Gated:
 
 
 def draws(model, hidden, example, generator):
-    """Targets drawn from the model's own distribution, without end: yields d log p(targets) / d hidden.
+    """Targets drawn from the model's own distribution, without end: from the last hidden states (R, T, C), detached, yields d log
+    p(targets) / d hidden (R, T, C).
 
-    For text (T, C), from hidden (T, C); for items (R, T, C), from hidden (R, T, C), which must require a gradient. Text:
-    a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never touch the head
-    again. Multiple choice: one answer.
+    Text: a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never touch the
+    head again. Multiple choice: one answer.
     """
     if example.choices is None:
         with torch.no_grad():
-            p = model.head(hidden).softmax(-1)
+            p = model.head(hidden[0]).softmax(-1)
             expected, p = p @ model.head.weight, p.cumsum(-1)
         while True:  # through the distribution function: torch.multinomial takes ten times as long
             u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
-            yield model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected
-    logp = outcomes(model, hidden, example)[0][0]
+            yield (model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected)[None]
+    logp = outcomes(model, hidden.requires_grad_(), example)[0][0]
     while True:
         pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
         yield torch.autograd.grad(logp[pick], hidden, retain_graph=True)[0]
@@ -101,14 +101,14 @@ def fisher_labels(model, example, scale, n_draws, generator, inputs=None):
         for linear in block.linears().values():
             del linear.low["gate"]
     hidden = model.norm(x).view(R, T, -1)
-    labels, source = 0.0, draws(model, hidden.detach().requires_grad_() if example.choices else hidden.detach()[0], example, generator)
+    labels, source = 0.0, draws(model, hidden.detach(), example, generator)
     for _ in range(n_draws):
-        slopes = torch.autograd.grad(hidden, gates[1:], next(source).view_as(hidden), retain_graph=True)
+        slopes = torch.autograd.grad(hidden, gates[1:], next(source), retain_graph=True)
         labels = labels + torch.stack(slopes).square() / (2 * n_draws)
     return labels.permute(2, 0, 1)[example.keep().flatten()]
 
 
-def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
+def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,).
 
     Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
@@ -118,7 +118,7 @@ def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
     done = checkpoint.meta["step"]
     parts, saved = [checkpoint.tensors] if done else [], 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
-        generator, keep, inputs = torch.Generator().manual_seed(seed * 1000003 + n), examples[n].keep(), {}
+        generator, keep, inputs = torch.Generator().manual_seed(checkpoint.seed * 1000003 + n), examples[n].keep(), {}
         part = {"labels": fisher_labels(model, examples[n], scale, 1, generator, inputs)}
         part |= {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans}
         part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
@@ -138,8 +138,8 @@ def gather_labels(model, examples, scorer, scale, horizon, seed, checkpoint):
 def fit(scorer, labels, inputs, horizon, seed, epochs=8):
     """Fit log damage to labels (N, L - 1, 3) from inputs {block: (N, d + 2)}: the loss r + y exp(-r) is least where exp(r) is E[y].
 
-    y: label over its block's mean, cut at 50; r: predicted log damage minus the block's log mean; weighted by the root of
-    the block mean. The scorer, trained in place, starts at the means: its bias is set to their logarithm. Returns the means (L - 1, 3),
+    y: label over the mean of its block and state, cut at 50; r: predicted log damage minus that mean's logarithm; weighted by the
+    root of the mean. The scorer, trained in place, starts at the means: its bias is set to their logarithm. Returns the means (L - 1, 3),
     nats, and a list of {epoch, loss}.
     """
     L, N = len(scorer.bias), len(labels)
@@ -161,8 +161,9 @@ def fit(scorer, labels, inputs, horizon, seed, epochs=8):
             loss = 0.0
             for i, f in inputs.items():
                 blocks = plan(i, L, horizon)
-                these = slice(blocks[0] - 1, blocks[-1])
-                r = scorer.log_damage(f[rows, None].float(), *scorer.of_blocks(blocks)[:3])[:, 0, :, :, :3].mean(2) - mean[these].log()
+                these = slice(blocks[0] - 1, blocks[-1])  # their rows in labels, which leave block 1 out
+                found = scorer.log_damage(f[rows, None].float(), *scorer.of_blocks(blocks)[:3])  # (n, 1, g, s, s')
+                r = found[:, 0, :, :, :3].mean(2) - mean[these].log()  # (n, g, 3); labels do not know s
                 loss = loss + ((r + y[rows, these] * (-r).exp()) * weight[these]).sum((1, 2)).mean()
             descend(loss, optimizer, scorer.parameters())
             schedule.step()
@@ -177,7 +178,7 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
 
     few: examples that the damage of skips is measured on. The log, a line an epoch, goes to log_path.
     """
-    labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint.seed, checkpoint)
+    labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint)
     # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
     # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
     # mean. For items all of it.
@@ -189,4 +190,5 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     for p, t in enumerate(bucket(position)[None] == torch.arange(POSITIONS, device=position.device)[:, None]):
         if t.any():
             table[p] = labels[t].mean(0)
-    return F.pad(mean, (0, 1, 1, 0)).cpu(), F.pad(table, (0, 1, 1, 0)).cpu()
+    pad = lambda t: F.pad(t, (0, 1, 1, 0)).cpu()  # a column for state 4 and a row for block 1: no damage
+    return pad(mean), pad(table)

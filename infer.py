@@ -353,6 +353,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         else:
             now = new[-1:] or ids
             logits = model.logits(model.hidden(torch.tensor([now], device=device), policy, cache)[:, -1])[0]
+            if not ran and not logits.isfinite().all():
+                raise ValueError(f"{model.name}: its logits are not finite; the weights are corrupt, download them again")
             token = sample(logits) if temperature > 0 else int(logits.argmax())
             states = torch.full((L, len(now)), 4, dtype=torch.uint8) if policy is None else policy.states[:, 0].cpu()
             if engine:
@@ -424,7 +426,6 @@ def main():
         args.prompt.encode()
     except UnicodeEncodeError as e:
         raise ValueError(f"--prompt is no UTF-8 text (character {e.start}); convert it first") from None
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)
@@ -434,15 +435,14 @@ def main():
         policy.check(model)
         model.quantize(real=True, int4=policy.int4)
     else:
-        model.round_head()
-        for linear in [linear for block in model.blocks for linear in block.linears().values()]:
-            linear.choose_row()
-    costs, color, endless = bit_costs(model.config), sys.stdout.isatty(), copy.copy(tokenizer)
+        model.ready_to_decode()
+    costs, color, endless = bit_costs(model.config), sys.stdout and sys.stdout.isatty(), copy.copy(tokenizer)
     endless.eos = ()  # a reference that ended at once would time the prompt
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
+    timed = lambda p, tokens: generate(model, endless, args.prompt, p, tokens, **options)["tokens_per_second"]
     if device.type == "cuda":
         for p in dict.fromkeys((policy, None)):  # graphs are captured at their first use, which is not to be timed
-            generate(model, endless, args.prompt, p, args.max_new_tokens, **options)
+            timed(p, args.max_new_tokens)
 
     def stream(token, text, states):
         cost = mean_cost(states, costs)
@@ -453,9 +453,9 @@ def main():
     print()
     if args.show_states:
         show_states(tokenizer, out, costs, color)
-    full = out if args.full else generate(
-        model, endless, args.prompt, None, min(32, args.max_new_tokens), on_token=lambda token, text, states: mean_cost(states, costs), **options)
-    speed, speed_full, bits = out["tokens_per_second"], full["tokens_per_second"], speedup_bits(out["states"], costs)
+    # a GPU is kept waiting by what is printed, so it is timed in silence; on a CPU `generate` leaves that out
+    speed = timed(policy, args.max_new_tokens) if device.type == "cuda" else out["tokens_per_second"]
+    speed_full, bits = speed if args.full else timed(None, min(32, args.max_new_tokens)), speedup_bits(out["states"], costs)
     times = speed / speed_full if out["states"].shape[1] > out["prompt_tokens"] else None  # of steps after the prompt
     print(f"\n{len(out['tokens'])} tokens at {speed:.1f} tokens/s; mean cost {4 / bits:.2f} of 4 a block, {bits:.2f}x in bits; "
           + (f"measured {times:.2f}x over --full ({speed_full:.1f} tokens/s)" if times else "too few to measure a speedup"))

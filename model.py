@@ -18,6 +18,7 @@ states of their own: a policy with 2 L scales has 2 L rows of states, attention 
 """
 
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -268,15 +269,18 @@ class LLM(nn.Module):
         codes = {} if int4 is None else read_codes(self.codes_file(int4), self.embed.weight.device)
         self.head_int8 = None
         if real:
-            self.round_head()  # first: of a large model it needs gigabytes for a moment
+            self.ready_to_decode()  # first: of a large model it needs gigabytes for a moment
         for i, block in enumerate(self.blocks):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
         self.quantized, self.int4, self.engine = True, int4, None  # infer.Engine captured graphs over the old weights
 
-    def round_head(self):
-        """Give `logits` its INT8 head."""
+    def ready_to_decode(self):
+        """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, each layer's faster product of one row."""
         self.head_int8, self.engine = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype), None  # its graph has the old head
+        for block in self.blocks:
+            for linear in block.linears().values():
+                linear.choose_row()
 
     def codes_file(self, name):
         """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
@@ -320,8 +324,8 @@ class LLM(nn.Module):
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
-        # For the ablations of keys and values: is there a position without any, which tokens run this block, the input of the last block
-        # that each token ran (kv "copy"), and which positions may be attended to
+        # For the ablations of keys and values. holes: some position has none; ran: who runs this block, True or (B, T) bool; source (B * T, C):
+        # for kv "copy" each token's input to the last block that it ran; seen (B, 1, 1, S) bool: what may be attended to, None is all
         holes = kv == "none" or (cache is not None and cache.written is not None)
         ran, source, seen = True, None, None
         for i, block in enumerate(self.blocks):
@@ -432,6 +436,8 @@ def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
     """
     if torch.device(device).type != "cuda":
         return
+    gc.collect()  # a model that nobody needs any more, and what PyTorch keeps of its memory, are room too
+    torch.cuda.empty_cache()
     name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
@@ -450,7 +456,7 @@ def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
 
 def load_trained(path, device, dtype, routed):
     """What `train.py --train-model` wrote: weights under our own names, and the name of the model that they came from."""
-    weights, meta = read_safetensors(path, "python train.py --train-model")
+    weights, meta = read_safetensors(path, "python train.py --train-model (a Hugging Face model is given as its folder)")
     remedy = "make it with python train.py --train-model"
     if not isinstance(meta.get("base"), str) or meta["base"].endswith(".safetensors"):  # `save_base` names what was there before any training
         raise ValueError(f"{path} does not say which model its weights belong to; {remedy}")

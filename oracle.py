@@ -29,7 +29,7 @@ from tqdm import tqdm
 import baselines
 from baselines import interval, spread
 from common import format_table
-from data import PIECE, outcomes, pieces, text_examples
+from data import outcomes, pieces, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
                       summary_prompt, variant)
 from infer import generate
@@ -157,26 +157,29 @@ def oracle(args):
     if "cnn_dm" in tasks:
         rouge()  # not installed: say so before an hour's work
     for task in tasks:
-        allocate(args, task)
+        oracle_on(args, task)
 
 
-def allocate(args, task):
+def oracle_on(args, task):
     path, text, generator = policy_path(args, task), task in TEXTS, torch.Generator().manual_seed(args.seed)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if text else 16, path, needed=False)
     plans = family(known, model, 1 if args.full else max(1, (known.L - 2) // 7))
+    examples = examples if task == "cnn_dm" else pieces(examples)
     P, shares = len(plans), torch.tensor([(p > 0).float().mean() for p in plans])
     asked = [s for s in ASKED if policy and policy.prices[0][0] <= s <= policy.prices[-1][0]]
-    others = {"all INT8": baselines.int8(known, 0)}
-    others |= {f"policy, {s:g}x asked": make_policy("dash", s, known, model, policy, path) for s in asked}
-    if policy:  # the paths know two states, so also: what it does with these alone
-        others |= zip((f"policy, states 0 and 4, {s:g}x" for s in SKIPPING), variant(policy, model, examples, SKIPPING, allowed=(0, 4)))
+    # the paths know two states, so also: what the policy does with these alone
+    two = variant(policy, model, examples, SKIPPING, allowed=(0, 4)) if policy else []
+    groups = {"all INT8": {"all INT8": baselines.int8(known, 0)},
+              "policy": {f"policy, {s:g}x asked": make_policy("dash", s, known, model, policy, path) for s in asked},
+              "policy, states 0 and 4": {f"policy, states 0 and 4, {s:g}x": p for s, p in zip(SKIPPING, two)}}
+    others = {name: p for group in groups.values() for name, p in group.items()}
     policies = [*(Fixed(p, kv="none") for p in plans), *others.values()]
     if task == "cnn_dm":
         sequences, what, unit, form = some_articles(args, 2), "Rouge-L of a sampled summary, %", 100, "+.1f"
         evidence = lambda article: rouges(model, tokenizer, article, policies, P, generator)
     else:
-        what = f"log-likelihood of {PIECE} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
-        sequences, unit, form = pieces(examples), 1, "+.4f"
+        what = f"log-likelihood of {examples[0].rows.shape[1]} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
+        sequences, unit, form = examples, 1, "+.4f"
         evidence = lambda example: likelihoods(model, example, policies, P, generator)
     score, halves, lucky, cost = (torch.stack(t, 1) for t in zip(*map(evidence, tqdm(sequences, desc=task, leave=False))))
     score, halves, lucky = unit * score, unit * halves, unit * lucky
@@ -190,10 +193,10 @@ def allocate(args, task):
                  for where, those in (("it", halves), ("the other", halves.flip(-1)))]
     rows += [("the nearest path for all", cost[near], change[near]), *zip(others, cost[P:], change[P:])]
     cells = [[name, spread(c, unit=100, form=".1f"), spread(d, form=form)] for name, c, d in rows]
-    split = P + 1 + len(asked)
-    best = {name: saved(cost[those], change[those]) if len(cost[those]) else None for name, those in
-            (("all INT8", slice(P, P + 1)), ("policy", slice(P + 1, split)), ("policy, states 0 and 4", slice(split, None)))}
-    for name, most in best.items():
+    at, best = {name: P + n for n, name in enumerate(others)}, {}  # where they are in cost and change
+    for name, group in groups.items():
+        those = [at[member] for member in group]
+        most = best[name] = saved(cost[those], change[those]) if those else None
         closed = f", {most / gap:.2f} of the oracle's saving" if most is not None and gap else ""
         cells.append([f"{name}, at no loss", "no policy" if most is None else f"saves {100 * most:.1f}{closed}", ""])
     said = (f"The oracle needs {100 * oracles.mean():.1f}% of the blocks (theirs: 23.3%, by Rouge-L of summaries); by luck alone it would "
@@ -202,6 +205,6 @@ def allocate(args, task):
                "bits, % of the full model's (of a path: its share of the blocks); change of score against the full model [95% intervals "
                "over sequences]. At no loss: the most cost saved with a mean score no lower than the full model's.")
     publish(args, f"oracle-{task}", model, caption=caption, markdown=f"{said}\n\n{format_table(['', 'cost, %', 'change'], cells)}",
-            n=len(sequences), skipping=len(cost[split:]), blocks=1 - gap, luck=luck.mean().item(), saved=best,
+            n=len(sequences), skipping=len(two), blocks=1 - gap, luck=luck.mean().item(), saved=best,
             policy=path if policy else None, paths=[p.tolist() for p in plans],
             picked=pick.tolist(), cost=cost.tolist(), score=score.tolist())

@@ -324,7 +324,7 @@ class Policy:
     scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup, in
     the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
-    mu: the price in use, a float or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the temperature of
+    mu: the price in use, None until `at` sets it, a float, or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the temperature of
     sampling; tracked: None, or the speedup that the price follows while decoding; kv: see `Fixed`; allowed: the states to choose
     from (ablations).
     """
@@ -334,7 +334,7 @@ class Policy:
     def __init__(self, scorer, scale, costs, fingerprint, prices=(), horizon=1, settings=None):
         self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
         self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
-        self.mu, self.tau, self.generator, self.states, self.tracked = 0.0, None, None, None, None
+        self.mu, self.tau, self.generator, self.states, self.tracked = None, None, None, None, None
         self.int4, self.kv, self.allowed = self.settings.get("int4"), "fill", (0, 1, 2, 4)
 
     def at(self, speedup, track=False):
@@ -361,14 +361,14 @@ class Policy:
         return mu0 + (mu1 - mu0) * (speedup - s0) / (s1 - s0)
 
     def follow(self, path):
-        """After a decoded token, whose blocks ran in the states `path`, a list: aim the next price at the goal less a share of what this
-        text's tokens have overspent (ours).
+        """After a decoded token, whose blocks ran in the states `path`, a list (of a batch L * B of them: one price serves all): aim the
+        next price at the goal less a share of what this text's tokens have overspent (ours).
 
         An integral controller over the calibrated prices: a bias of the text is paid back within about `PATIENCE` tokens.
         """
         L, overhead = len(self.scale), self.settings.get("overhead", (0.0, 0.0))
         goal = goal_cost(self.tracked, L, overhead)
-        self.owed += sum(self.cost_of[s] for s in path) / L - goal  # `mean_cost`, in Python numbers: one token has to be quick
+        self.owed += sum(self.cost_of[s] for s in path) / len(path) - goal  # `mean_cost`, in Python numbers: one token has to be quick
         aim = max(goal - self.owed / self.PATIENCE, 0.01)
         self.mu = self.price((4 * L + overhead[0]) / (L * aim + overhead[1]))
 
@@ -381,8 +381,8 @@ class Policy:
         """ValueError unless the policy was trained for this model."""
         if model.fingerprint() != self.fingerprint:
             trained = self.settings.get("model", "another model")
-            raise ValueError(f"this policy was trained for {trained} ({self.fingerprint}), not for {model.name} "
-                             f"({model.fingerprint()}); train one with python train.py --model {model.name}")
+            raise ValueError(f"this policy was trained for {trained} ({self.fingerprint}), not for {model.name} ({model.fingerprint()}); "
+                             f"give --model {trained}, or train one with python train.py --model {model.name}")
 
     @torch.no_grad()
     def decide(self, i, x, start):
@@ -412,7 +412,9 @@ class Policy:
         return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
 
     def priced(self, table):
-        """q - mu cost for (B, T, g, ..., 4); -inf for what is not allowed."""
+        """q - mu cost for (B, T, g, ..., 4); -inf for what is not allowed. ValueError before there is a price."""
+        if self.mu is None:
+            raise ValueError("this policy has no price yet; choose a speedup with policy.at(2.0)")
         if len(self.allowed) < 4:
             table = table.masked_fill(~torch.isin(STATES, torch.tensor(self.allowed)).to(table.device), -math.inf)
         if torch.is_tensor(self.mu):
@@ -462,7 +464,7 @@ def sample(q, tau, generator=None):
 
 
 def accuracy_reward(logp_routed, logp_full):
-    """R_acc of Eq 13 for text: log p_routed - log p_full of the same target; shapes equal, nats."""
+    """R_acc of Eq 13 for text: log p_routed - log p_full of the same target, nats; shapes that broadcast."""
     return logp_routed - logp_full
 
 

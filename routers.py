@@ -5,10 +5,10 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
 
     gate-hidden, gate-fixed, gate-mlp   skip controllers of whole blocks, all but the first and the last (arXiv 2410.20022): one
                 linear layer on x, the same on a fixed input that tells it nothing of the token (zeros, which leave its bias),
-                or (ours) two layers on x. In training the gate is m = 1[logit + noise > threshold], noise logistic: Gumbel-Softmax
-                with two choices; y = x + m (block(x) - x), and m passes its slope straight to the sigmoid.
+                or (ours) two layers on x. In training y = x + m (block(x) - x), m = 1[logit + noise > threshold], noise logistic:
+                Gumbel-Softmax with two choices.
     mindskip    attention alone, its MLP always runs; upper half of the blocks but the last (arXiv 2410.13184, by token):
-                linear; as above without the noise.
+                linear; as above (theirs without the noise).
     flexidepth  upper half of the blocks (arXiv 2503.23798): W_r W_up Norm(tanh(W_down z)), z the RMS-normed x, g = sigmoid.
                 Where g > 1/2 the token runs attention, and its MLP's output is weighted by g; where not, there is no
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
@@ -22,11 +22,15 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
                 logits down alike. Here all are compared with one threshold instead, which follows the number of closed gates while
                 training, and is set once more on training text in the end
     start       the static choice: the gates of the most similar blocks closed (`begin`), adapters at zero; FlexiDepth's start at random
-    noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start
+    noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start: p(m = 1) = sigmoid((logit - threshold) / NOISE)
+    slope       dL/dm at the m that was drawn is no estimate of L(1) - L(0): what a skip loses grows like a square, so closed gates would all
+                rather open, and open ones see no harm in closing. ReinMax (arXiv 2304.08612) takes the mean of both ends, here
+                dL/dm / (2 p(m)), which comes to dL/dlogit = dL/dm (1 - p(m)) / (2 NOISE)
+    budget      of that, what is left after taking off what opening all gates alike would do: only who deserves it more opens
     KL          has the mean of CE's slope on text of the model's own, and less noise
     skips       are unscaled, and a router does not teach earlier blocks what to show it
     filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
-                training a straight-through gate runs the block for every token, so there they are plain too
+                training all gates but FlexiDepth's run the block for every token, so there they are plain too
 
 Training and inference are the one routed forward, `LLM.hidden`: a gate stands in the place of its block's a_i, says what a
 skipped token passes on (model.skip) and weighs what comes out (model.weigh).
@@ -87,8 +91,8 @@ class Router:
     """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
 
     rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
-    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen, on: of the last call, per
-    gate (B, T), the logits, and in training m or g. extra: see `bit_costs`.
+    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, the logits of
+    each gate, (B, T). extra: see `bit_costs`.
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
@@ -114,7 +118,7 @@ class Router:
     def decide(self, i, x, start):
         block, mlp = divmod(i, self.rows)
         if i == 0:
-            self.seen, self.on = [], []
+            self.seen = []
         if block not in self.routed:
             return
         if mlp:  # FlexiDepth's follows its attention, MindSkip's always runs
@@ -124,17 +128,16 @@ class Router:
         gate, training = self.gates[block - self.routed[0]], self.generator is not None
         shown = torch.zeros_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x.detach())
         logit = gate.router(shown)[..., 0]  # (B, T)
-        if training and self.kind.startswith("gate-"):
-            u = torch.rand(logit.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6).to(logit.device)
-            logit = logit + NOISE * u.logit()
-        self.seen.append(logit.detach())
-        g, run, gain = (logit - self.threshold).sigmoid(), logit > self.threshold, None
+        self.seen.append(logit)
+        run, gain = logit > self.threshold, None
         if self.kind == "flexidepth":
+            g = (logit - self.threshold).sigmoid()
             gain = torch.where(run, g, 1 - g)
         elif training:
-            g = gain = run.float() - g.detach() + g  # straight through: the value of m, the slope of the sigmoid
+            p = ((logit.detach() - self.threshold) / NOISE).sigmoid()
+            m = torch.rand(p.shape, generator=self.generator).to(p.device) < p
+            gain = m + torch.where(m, 1 - p, p) / (2 * NOISE) * (logit - logit.detach())  # the value of m, ReinMax's slope
             run = torch.ones_like(run)  # both paths: the slope of m needs block(x) - x
-        self.on.append(g)
         self.states[i] = run * 4
         gate.gain = None if gain is None else gain.reshape(-1, 1)
 
@@ -185,16 +188,20 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             group["lr"] = rate * min(1.0, (steps - step) / (0.3 * steps))
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
-        ce, keep = F.nll_loss(logp, right), example.keep()
+        ce, logits = F.nll_loss(logp, right), torch.stack(policy.seen)[:, example.keep()] - policy.threshold  # (gates, tokens)
         if flexidepth:
-            loss = ce + ALPHA * torch.stack(policy.on)[:, keep].sum(0).square().mean()
+            loss, closed = ce + ALPHA * logits.sigmoid().sum(0).square().mean(), (logits <= 0).float()
+            descend(loss, optimizer, parameters.values())
         else:
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
+                p = (logits / NOISE).sigmoid()
+                opening, closed = p * (1 - p) / NOISE, 1 - p
             loss = kl(full, logp).mean()
-        descend(loss, optimizer, parameters.values())
-        closed = torch.stack(policy.seen)[:, keep] <= policy.threshold
-        line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).float().mean().item(), "threshold": policy.threshold}
+            slopes = torch.stack(torch.autograd.grad(loss, policy.seen))[:, example.keep()]
+            slopes = slopes - opening * (slopes.sum() / opening.sum())
+            descend((slopes * logits).sum(), optimizer, parameters.values())
+        line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")
         bar.set_postfix(ce=f"{line['ce']:.3f}", skipped=f"{line['skipped']:.2f}")

@@ -13,7 +13,7 @@ import baselines
 from baselines import compare, interval, public, quotient, sensitivities, spread
 from common import by, format_table, read_json
 from data import load_examples, load_text, text_examples, windows
-from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, rouge,
+from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy, rouge,
                       source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
@@ -37,7 +37,8 @@ def table(args):
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"
         how = f"in bits and measured in batch-1 decoding, median of {args.rounds} rounds" if "measured" in rows[0] else "in bits"
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
-        how += "; static_mix goes by the means of labels"
+        how += f"; keys and values of skipped tokens: {args.kv}" if args.kv else ""
+        how += f"; static_mix goes by {'the damage in that policy' if facts['policy'] else 'measured damage'}"
         if "measured" in rows[0] and model.embed.weight.is_cuda:
             how += "; what no captured graphs serve is timed without them, against the full model without them"
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'}"
@@ -118,7 +119,7 @@ def frontier(args):
     # static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
     found = [(s, p, mean_cost(p.given, baselines.free_skips(costs))) for s, p in zip(speedups, plans)]
     top = most_speedup(known.L, costs)  # of what fills keys and values: a static plan of a small model may go beyond
-    speedups, plans, same = zip(*(row for row in found if row[2] >= 4 / top - 1e-6))
+    speedups, plans, same = zip(*((s, p, cost) for s, p, cost in found if cost >= 4 / top - 1e-6))
     priced = [variant(p, model, examples, speedups, same) for p in policies]
     for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),
@@ -149,7 +150,7 @@ def frontier_tables(rows):
     header = ["", *(f"{plan['speedup']:.2f}x" for plan in static)]
     lost = lambda r: [v - f for v, f in zip(r["each"]["nats"], full["each"]["nats"])]
     form = lambda v, span: "{:.2f} [{:.2f}, {:.2f}]".format(v, *span)
-    kls = [[m, *(form(*quotient(r["each"]["kl"], plan["each"]["kl"])) for r, plan in zip(those, static))]
+    kls = [[m, *(form(*quotient(r["each"]["kl"], plan["each"]["kl"])) for r, plan in zip(those, static, strict=True))]
            for m, those in of.items() if those is not static]
     kls.insert(0, ["best static plan: KL in nats", *(f"{plan['kl']:.4f}" for plan in static)])
     alone = "; ".join(f"{r['method']}: KL {r['kl']:.4f} at {r['speedup']:.2f}x" for r in (int8, int4))
@@ -324,17 +325,18 @@ def transfer(args):
     if len(set(files.values())) < len(files) or not there:
         raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
                          f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
-    found, cells, sizes = {}, [], {}
-    for trained, file in there.items():
-        found[trained] = {}
-        for tested in tqdm(tasks, desc=trained):
-            model, _, [policy, *_], _, examples = at_hand(args, tested, TASKS[tested], file)
+    found, sizes = {trained: {} for trained in there}, {}
+    for tested in tasks:
+        model, _, _, _, examples = at_hand(args, tested, TASKS[tested], next(iter(there.values())))
+        sizes[tested] = len(examples)
+        for trained, file in tqdm(there.items(), desc=tested):
+            policy = read_policy(file, model, True)
+            model.quantize(int4=policy.int4)  # each goes with its own codes
             full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
             key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
             found[trained][tested] = {"kl": row["kl"], "speedup": row["speedup"], "each": row["each"], "change": spread(
                 row["each"][key], full["each"][key], unit, "+.3g")}
-            sizes[tested] = len(examples)
-        cells.append([trained, *(f"{spread(r['each']['kl'])}, {r['change']} ({r['speedup']:.2f}x)" for r in found[trained].values())])
+    cells = [[trained, *(f"{spread(r['each']['kl'])}, {r['change']} ({r['speedup']:.2f}x)" for r in of.values())] for trained, of in found.items()]
     missing = [t for t in tasks if t not in there]
     n = ", ".join(map(str, sizes.values()))
     caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "

@@ -79,6 +79,8 @@ class Tokenizer:
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
             raise ValueError("a merge makes a token that the vocabulary lacks")
+        if unk is not None and unk not in vocab:
+            raise ValueError(f"unk_token {unk!r} is not in the vocabulary")
         self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
         either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
         self.known = self.added | special
@@ -135,7 +137,9 @@ class Tokenizer:
                 ids.append(self.known[part])
                 continue
             part = self.normalize(part, n == 0)
-            if self.bpe and part and set(part.encode()).isdisjoint(self.missing):
+            # tiktoken overflows its stack over a million spaces, which the other way does not
+            spaces = max(map(len, regex.findall(r"\s+", part)), default=0) if len(part) > 500_000 else 0
+            if self.bpe and part and spaces < 500_000 and set(part.encode()).isdisjoint(self.missing):
                 ids += self.ids[self.bpe.encode_ordinary(part)].tolist()
             else:
                 ids += [i for piece in self.pattern.finditer(part) for i in self.ids_of(piece[0])]

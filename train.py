@@ -1,6 +1,6 @@
 """Train a routing policy for a real LLM and show what it does:   python train.py
 
-    1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation of the scorer's input
+    1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation that the scorer standardises by, over all blocks' inputs
     2  round       INT4 codes by GPTQ, block after block; cached beside the model and used again by the next run (quant.py)
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default; fisher.py)
@@ -15,10 +15,11 @@
 rewards and comparison alike. `--train-model` goes on to train the base model through its rounded weights (Eq 17, reinforce.py).
 
 Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line an epoch
-or step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, bit for
-bit; with --train-model also model.safetensors and its checkpoint, base.safetensors.
+or step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, on a
+CPU bit for bit; with --train-model also model.safetensors and its checkpoint, base.safetensors.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -115,7 +116,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
                 ran[n].append(states[:, example.keep()])
         added = [mean_cost(torch.cat(states, 1), policy.costs) - cost_at(mu, few_looks) for states, mu in zip(ran, mus)]
         mus = [price(goal - more) for goal, more in zip(goals, added)]
-    policy.prices, policy.mu = list(zip(targets, sorted(mus))), 0.0  # a higher speedup never has a lower price
+    policy.prices, policy.mu = list(zip(targets, sorted(mus))), None  # a higher speedup never has a lower price
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -157,6 +158,11 @@ def arguments():
     return args
 
 
+def fingerprint(data):
+    """Bytes that a run reads -> 12 digits that tell whether --resume reads the same."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def up_to(tokens, examples):
     """The first examples that fill so many tokens."""
     sizes = torch.tensor([sum(e.lengths) for e in examples]).cumsum(0)
@@ -167,7 +173,6 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     """5: the comparison to the terminal, train.png and train.json. rows: of `compare`, the second that of what was trained."""
     choice = is_choice(args.data)
     markdown = comparison_table(names, rows, choice)
-    print("\n" + markdown)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
@@ -176,7 +181,7 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
                 shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
     draw(out / "train.json")
-    print(f"\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
+    print(f"\n{markdown}\n\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
 def train_routers(args, device, text, model, tokenizer, read, some):
@@ -190,7 +195,7 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     examples, test = read("train", 10**6, routers.WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
-                "seed": args.seed, "fingerprint": policy.fingerprint}
+                "seed": args.seed, "fingerprint": policy.fingerprint, "text": fingerprint(text.encode())}
     policy.settings = settings
     samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
@@ -255,9 +260,11 @@ def main():
         raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "start": args.start, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
-                "int4": codes_name(pool), "fingerprint": model.fingerprint()}
+                "overhead": list(overhead), "start": args.start and f"{args.start}, {fingerprint(Path(args.start).read_bytes())}", "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
+                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": fingerprint(text.encode())}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
+    if not args.resume:
+        (out / "base.safetensors").unlink(missing_ok=True)  # of an earlier run: our own --resume would stumble over it
 
     found = profile(model, samples)
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
@@ -307,7 +314,7 @@ def main():
     if args.cost == "latency":
         promised = (4 * L + overhead[0]) / (L * mean_cost(rows[1]["raw"], costs) + overhead[1])
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"
-    report(out, names, rows, test, args, model, settings, how, "policy.safetensors")
+    report(out, names, rows, test, args, model, settings, how, "policy.safetensors" + (", model.safetensors (give it as --model)" if args.train_model else ""))
 
 
 if __name__ == "__main__":

@@ -170,12 +170,15 @@ class Shards(dict):
         for file in sorted(files):
             if not file.exists():
                 raise FileNotFoundError(f"{file} is missing; download the model again, with its weights as safetensors")
+            open(file, "rb").close()  # may not be read: says so itself
             with refusing(file, "is truncated or corrupt", "download it again"):
                 shard = safe_open(file, "pt")
             self |= {name: shard for name in shard.keys()}
 
     def pop(self, name):
-        return super().pop(name).get_tensor(name)
+        shard = super().pop(name)
+        with refusing(name, "cannot be read", "give weights in fp32, fp16 or bf16"):
+            return shard.get_tensor(name)
 
 
 def read_hf(folder):

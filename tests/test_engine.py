@@ -417,16 +417,16 @@ def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
 @torch.no_grad()
 def test_on_a_gpu(tmp_path):
     """Every kernel that was chosen is right, captured graphs give the eager CPU path's logits to bf16 accuracy, async equals sync."""
-    tiny_folder(tmp_path, layers=6, hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    tiny_folder(tmp_path, layers=6, hidden_size=256, intermediate_size=512, num_attention_heads=4, initializer_range=0.05, stored=torch.bfloat16)
     cpu, _ = load(str(tmp_path))
     gpu, _ = load(str(tmp_path), "cuda", torch.bfloat16)
     cpu.quantize()
     gpu.quantize(real=True)
-    assert all(any(isinstance(t, float) for t in found.values()) for found in quant.CHOSEN.values()), quant.CHOSEN
-    for horizon in (1, 2, 6):
+    assert quant.CHOSEN and all(isinstance(t, float) for found in quant.CHOSEN.values() for name, t in found.items() if name.endswith("compiled"))
+    for horizon in (1, 6):
         for seed in range(3):
             policy = random_policy(cpu, seed, horizon).to("cuda")
-            outs = [generate(gpu, speed.IDS, PROMPT, policy, 150, sync=sync) for sync in (False, True, False)]
+            outs = [generate(gpu, speed.IDS, PROMPT, policy, 60, sync=sync) for sync in (False, True, False)]  # into the next bucket
             for out in outs[1:]:
                 assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
             fixed, rows = Fixed(outs[0]["states"][:, None], policy.scale), []
@@ -441,7 +441,8 @@ def test_on_a_gpu(tmp_path):
                 for t in range(start, ids.shape[1]):
                     engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
             want = cpu(ids, fixed)[0, start:]
-            assert (torch.stack(rows) - want).abs().max() < 0.1 * want.abs().max()
+            assert (torch.stack(rows) - want).abs().max() < 0.05 * want.abs().max()
+    assert not gpu.engine.plain
 
 
 def test_the_engine_is_for_policies_of_all_states(tmp_path):

@@ -77,26 +77,27 @@ def test_flexidepth_is_its_formula(six):
     assert torch.allclose(seen[8], expected, atol=1e-5 * expected.abs().max())
 
 
-def test_a_straight_through_gate_has_the_slope_of_its_block(six):
-    """d loss / d m = <d loss / d y, block(x) - x>, and the pass with both paths has the value of the chosen one."""
+def test_a_gate_in_training_has_the_value_drawn_and_the_mean_slope_of_both(six):
+    """d loss / d m = <d loss / d y, block(x) - x>, over twice the chance of the m drawn; the pass has the value of the chosen path."""
     model, _ = six
     policy, tokens = router_for(model, "gate-hidden"), torch.randint(0, 300, (1, 12))
     policy.generator = torch.Generator().manual_seed(0)
     policy.gates.requires_grad_()
     hidden = model.hidden(tokens, policy)
-    on = torch.stack(policy.on)
-    assert set(on.detach().round(decimals=5).unique().tolist()) == {0.0, 1.0} and (policy.states == 4).all()
-    slope = torch.autograd.grad(hidden.sum(), policy.on[-1], retain_graph=True)[0]  # of the last gate, block 5
+    on = torch.stack([gate.gain[:, 0] for gate in policy.gates])
+    assert set(on.unique().tolist()) == {0.0, 1.0} and (policy.states == 4).all()
+    slope = torch.autograd.grad(hidden.sum(), policy.seen[-1], retain_graph=True)[0]  # of the last gate, block 5
+    p = torch.sigmoid(policy.seen[-1][0] / routers.NOISE)
     x, rope = model.embed(tokens)[0], model.rope(0, 12)
     with torch.no_grad():
         for i, block in enumerate(model.blocks[:5]):
             y = block(x, 1, [(4, None)], 1.0, rope)
-            before, x = x, y if i not in policy.routed else x + on[i - 1, 0, :, None] * (y - x)
+            before, x = x, y if i not in policy.routed else x + on[i - 1, :, None] * (y - x)
     x = x.requires_grad_()
     out = model.norm(model.blocks[5](x, 1, [(4, None)], 1.0, rope))
     assert torch.allclose(out, hidden[0], atol=1e-4)
-    expected = (torch.autograd.grad(out.sum(), x)[0] * (y - before)).sum(-1)
-    assert torch.allclose(slope[0], expected, rtol=1e-3, atol=1e-4)
+    expected = (torch.autograd.grad(out.sum(), x)[0] * (y - before)).sum(-1) / (2 * torch.where(on[-1] > 0, p, 1 - p))
+    assert torch.allclose(slope[0], expected * p * (1 - p) / routers.NOISE, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", routers.KINDS)
@@ -171,7 +172,9 @@ def test_files(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["flexidepth", "gate-hidden"])
 def test_command_and_resume_after_kill(tiny, some_text, tmp_path, kind):
     """The command writes what it says; killed after a checkpoint and resumed, gates and log are the same, bit for bit."""
-    command = ["train.py", "--model", tiny, "--data", some_text, "--objective", kind, "--skip", 1, "--steps", 16]
+    text = tmp_path / "text.txt"
+    text.write_bytes(some_text.read_bytes())
+    command = ["train.py", "--model", tiny, "--data", text, "--objective", kind, "--skip", 1, "--steps", 16]
     done = script(*command, "--out", tmp_path / "a")
     assert done.returncode == 0 and kind in done.stdout and "most similar" in done.stdout, done.stderr
     wrote = {"router.safetensors", "train.json", "train.jsonl", "train.png", "checkpoint.safetensors"}
@@ -188,6 +191,9 @@ def test_command_and_resume_after_kill(tiny, some_text, tmp_path, kind):
     assert done.returncode == 0, done.stderr
     for name in ("router.safetensors", "train.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    text.write_text("the cat sat on the mat and ate the hat.\n" * 400)  # under the same name
+    done = script(*command, "--out", tmp_path / "b", "--resume")
+    assert done.returncode == 2 and "'text'" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("options, said", [
