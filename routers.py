@@ -8,7 +8,7 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
                 or (ours) two layers on x. In training y = x + m (block(x) - x), m = 1[logit + noise > threshold], noise logistic:
                 Gumbel-Softmax with two choices.
     mindskip    attention alone, its MLP always runs; upper half of the blocks but the last (arXiv 2410.13184, by token):
-                linear; as above (theirs without the noise).
+                linear; as above without noise and budget.
     flexidepth  upper half of the blocks (arXiv 2503.23798): W_r W_up Norm(tanh(W_down z)), z the RMS-normed x, g = sigmoid.
                 Where g > 1/2 the token runs attention, and its MLP's output is weighted by g; where not, there is no
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
@@ -23,10 +23,11 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
                 training, and is set once more on training text in the end
     start       the static choice: the gates of the most similar blocks closed (`begin`), adapters at zero; FlexiDepth's start at random
     noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start: p(m = 1) = sigmoid((logit - threshold) / NOISE)
-    slope       dL/dm at the m that was drawn is no estimate of L(1) - L(0): what a skip loses grows like a square, so closed gates would all
-                rather open, and open ones see no harm in closing. ReinMax (arXiv 2304.08612) takes the mean of both ends, here
-                dL/dm / (2 p(m)), which comes to dL/dlogit = dL/dm (1 - p(m)) / (2 NOISE)
-    budget      of that, what is left after taking off what opening all gates alike would do: only who deserves it more opens
+    budget      what opening all gates alike would do is taken off a gate's slope: only who deserves it more than others opens
+    slope       straight through, dL/dlogit = dL/dm sigmoid', with dL/dm at the m that was drawn: no estimate of L(1) - L(0), since what a skip
+                loses grows like a square; closed gates see twice of it, open ones nothing. Among tokens that does little harm; among blocks,
+                which is all that gate-fixed compares, it does. So there ReinMax (arXiv 2304.08612) takes the mean of both ends: dL/dm
+                over 2 p(m), for a slope of dL/dm (1 - p(m)) / 2
     KL          has the mean of CE's slope on text of the model's own, and less noise
     skips       are unscaled, and a router does not teach earlier blocks what to show it
     filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
@@ -91,8 +92,8 @@ class Router:
     """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
 
     rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
-    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, the logits of
-    each gate, (B, T). extra: see `bit_costs`.
+    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen, on: of the last call, the logits
+    of each gate, (B, T), and in training its m. extra: see `bit_costs`.
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
@@ -118,7 +119,7 @@ class Router:
     def decide(self, i, x, start):
         block, mlp = divmod(i, self.rows)
         if i == 0:
-            self.seen = []
+            self.seen, self.on = [], []
         if block not in self.routed:
             return
         if mlp:  # FlexiDepth's follows its attention, MindSkip's always runs
@@ -134,9 +135,11 @@ class Router:
             g = (logit - self.threshold).sigmoid()
             gain = torch.where(run, g, 1 - g)
         elif training:
-            p = ((logit.detach() - self.threshold) / NOISE).sigmoid()
-            m = torch.rand(p.shape, generator=self.generator).to(p.device) < p
-            gain = m + torch.where(m, 1 - p, p) / (2 * NOISE) * (logit - logit.detach())  # the value of m, ReinMax's slope
+            if self.kind != "mindskip":
+                u = torch.rand(run.shape, generator=self.generator).to(run.device)
+                run = u < ((logit - self.threshold) / NOISE).sigmoid()
+            gain = run.float().requires_grad_()
+            self.on.append(gain)
             run = torch.ones_like(run)  # both paths: the slope of m needs block(x) - x
         self.states[i] = run * 4
         gate.gain = None if gain is None else gain.reshape(-1, 1)
@@ -172,6 +175,15 @@ def begin(policy, known, skip):
         policy.gates[n].router[-1].bias.data.fill_(-OPEN)
 
 
+@torch.no_grad()
+def slope(kind, by_m, logits, m):
+    """dL/dlogit of every gate and token from dL/dm, `by_m`, at the m that was drawn: all (gates, tokens)."""
+    g, p = logits.sigmoid(), (logits / NOISE).sigmoid()
+    opening = p * (1 - p) if kind == "gate-fixed" else g * (1 - g)
+    found = by_m * (torch.where(m > 0, 1 - p, p) / 2 if kind == "gate-fixed" else opening)
+    return found if kind == "mindskip" else found - opening * found.sum() / opening.sum()
+
+
 def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     """Train policy.gates in place on examples (data.Example) until about `skip` gates a token are closed. Resumes from `checkpoint`.
 
@@ -188,19 +200,18 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             group["lr"] = rate * min(1.0, (steps - step) / (0.3 * steps))
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
-        ce, logits = F.nll_loss(logp, right), torch.stack(policy.seen)[:, example.keep()] - policy.threshold  # (gates, tokens)
+        ce, keep = F.nll_loss(logp, right), example.keep()
+        logits = torch.stack(policy.seen)[:, keep] - policy.threshold  # (gates, tokens)
         if flexidepth:
             loss, closed = ce + ALPHA * logits.sigmoid().sum(0).square().mean(), (logits <= 0).float()
             descend(loss, optimizer, parameters.values())
         else:
+            m = torch.stack(policy.on)[:, keep]
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
-                p = (logits / NOISE).sigmoid()
-                opening, closed = p * (1 - p) / NOISE, 1 - p
-            loss = kl(full, logp).mean()
-            slopes = torch.stack(torch.autograd.grad(loss, policy.seen))[:, example.keep()]
-            slopes = slopes - opening * (slopes.sum() / opening.sum())
-            descend((slopes * logits).sum(), optimizer, parameters.values())
+            loss, closed = kl(full, logp).mean(), 1 - m
+            descend((slope(policy.kind, torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], logits, m) * logits).sum(), optimizer,
+                    parameters.values())
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")

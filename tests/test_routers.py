@@ -77,17 +77,16 @@ def test_flexidepth_is_its_formula(six):
     assert torch.allclose(seen[8], expected, atol=1e-5 * expected.abs().max())
 
 
-def test_a_gate_in_training_has_the_value_drawn_and_the_mean_slope_of_both(six):
-    """d loss / d m = <d loss / d y, block(x) - x>, over twice the chance of the m drawn; the pass has the value of the chosen path."""
+def test_a_gate_in_training_has_the_value_drawn_and_the_slope_of_its_block(six):
+    """d loss / d m = <d loss / d y, block(x) - x>, and the pass with both paths has the value of the chosen one."""
     model, _ = six
     policy, tokens = router_for(model, "gate-hidden"), torch.randint(0, 300, (1, 12))
     policy.generator = torch.Generator().manual_seed(0)
     policy.gates.requires_grad_()
     hidden = model.hidden(tokens, policy)
-    on = torch.stack([gate.gain[:, 0] for gate in policy.gates])
+    on = torch.stack(policy.on)[:, 0].detach()
     assert set(on.unique().tolist()) == {0.0, 1.0} and (policy.states == 4).all()
-    slope = torch.autograd.grad(hidden.sum(), policy.seen[-1], retain_graph=True)[0]  # of the last gate, block 5
-    p = torch.sigmoid(policy.seen[-1][0] / routers.NOISE)
+    slope = torch.autograd.grad(hidden.sum(), policy.on[-1], retain_graph=True)[0]  # of the last gate, block 5
     x, rope = model.embed(tokens)[0], model.rope(0, 12)
     with torch.no_grad():
         for i, block in enumerate(model.blocks[:5]):
@@ -96,8 +95,21 @@ def test_a_gate_in_training_has_the_value_drawn_and_the_mean_slope_of_both(six):
     x = x.requires_grad_()
     out = model.norm(model.blocks[5](x, 1, [(4, None)], 1.0, rope))
     assert torch.allclose(out, hidden[0], atol=1e-4)
-    expected = (torch.autograd.grad(out.sum(), x)[0] * (y - before)).sum(-1) / (2 * torch.where(on[-1] > 0, p, 1 - p))
-    assert torch.allclose(slope[0], expected * p * (1 - p) / routers.NOISE, rtol=1e-3, atol=1e-4)
+    expected = (torch.autograd.grad(out.sum(), x)[0] * (y - before)).sum(-1)
+    assert torch.allclose(slope[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_slopes_of_gates():
+    """ReinMax finds what opening a gate is worth where the loss is a square, straight through does not; the budget leaves nothing in common."""
+    torch.manual_seed(0)
+    harm, logits = torch.tensor([[1.0], [3.0]]), torch.tensor([[-0.5], [0.5]]).expand(2, 200000)  # L = harm (1 - m)^2
+    p = (logits / routers.NOISE).sigmoid()
+    m = (torch.rand(p.shape) < p).float()
+    found = routers.slope("gate-fixed", -2 * harm * (1 - m), logits, m)
+    worth = -harm * (p * (1 - p))  # dL/dp times dp / d(logit / NOISE)
+    worth = worth - p * (1 - p) * worth.sum() / (p * (1 - p)).sum()
+    assert torch.allclose(found.mean(1), worth.mean(1), rtol=0.03) and found.sum().abs() < 1e-2 * found.abs().sum()
+    assert routers.slope("gate-hidden", -2 * harm * (1 - m), logits, m).mean(1)[0] < 0 < found.mean(1)[0]  # it would open the one to close
 
 
 @pytest.mark.parametrize("kind", routers.KINDS)
