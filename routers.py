@@ -30,6 +30,7 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
                 over 2 p(m), for a slope of dL/dm (1 - p(m)) / 2
     KL          has the mean of CE's slope on text of the model's own, and less noise
     skips       are unscaled, and a router does not teach earlier blocks what to show it
+    first       skip controllers run the first token of a sequence in full: all others attend to it, and one block that it skips costs nats
     filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
                 training all gates but FlexiDepth's run the block for every token, so there they are plain too
 
@@ -131,18 +132,26 @@ class Router:
         logit = gate.router(shown)[..., 0]  # (B, T)
         self.seen.append(logit)
         run, gain = logit > self.threshold, None
+        if self.kind.startswith("gate-"):
+            if training:
+                run = torch.rand(run.shape, generator=self.generator).to(run.device) < ((logit - self.threshold) / NOISE).sigmoid()
+            if start == 0:
+                run[:, 0] = True
         if self.kind == "flexidepth":
             g = (logit - self.threshold).sigmoid()
             gain = torch.where(run, g, 1 - g)
         elif training:
-            if self.kind != "mindskip":
-                u = torch.rand(run.shape, generator=self.generator).to(run.device)
-                run = u < ((logit - self.threshold) / NOISE).sigmoid()
             gain = run.float().requires_grad_()
             self.on.append(gain)
             run = torch.ones_like(run)  # both paths: the slope of m needs block(x) - x
         self.states[i] = run * 4
         gate.gain = None if gain is None else gain.reshape(-1, 1)
+
+    def free(self, example):
+        """(R, T) bool: the tokens of a data.Example for which gates decide."""
+        keep = example.keep()
+        keep[:, 0] &= not self.kind.startswith("gate-")
+        return keep
 
     def save(self, path):
         """Write the gates whole or not at all, as safetensors. OSError names the path."""
@@ -200,7 +209,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             group["lr"] = rate * min(1.0, (steps - step) / (0.3 * steps))
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
-        ce, keep = F.nll_loss(logp, right), example.keep()
+        ce, keep = F.nll_loss(logp, right), policy.free(example)
         logits = torch.stack(policy.seen)[:, keep] - policy.threshold  # (gates, tokens)
         if flexidepth:
             loss, closed = ce + ALPHA * logits.sigmoid().sum(0).square().mean(), (logits <= 0).float()
@@ -228,7 +237,7 @@ def calibrate(policy, model, examples, skip):
         logits = []
         for example in tqdm(examples, desc="threshold", leave=False):
             model.hidden(example.rows, policy)
-            logits.append(torch.stack(policy.seen)[:, example.keep()])
+            logits.append(torch.stack(policy.seen)[:, policy.free(example)])
         logits = torch.cat(logits, 1)
         k = min(max(1, round(skip * logits.shape[1])), logits.numel() - 1)
         low, high = logits.flatten().sort().values[k - 1 : k + 1].tolist()
