@@ -48,10 +48,11 @@ def evaluate(args):
     metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
     unit, n = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], facts["n"]
     spread = "[{:.3f}, {:.3f}]".format(*row["interval"]) if n > 1 else "(one example has no interval)"
+    codes = facts["int4"] if facts["policy"] else f"{facts['int4']}, since {args.policy} is not there or of another model"
     distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
     print(f"{task}, {args.method}: {metric} {row['value']:.3f} {spread} (full model {full['value']:.3f}), {distance}"
           f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {n} {unit}, {facts['tokens']} tokens, "
-          f"INT4 codes: {facts['int4']}")
+          f"INT4 codes: {codes}")
     if args.json:
         print(json.dumps({
             "task": task, "method": args.method, "speedup_target": args.speedup, "speedup_bits": row["speedup"],

@@ -200,8 +200,6 @@ def at_hand(args, task, default, path, needed=True):
     files = list(dict.fromkeys([path, *args.compare]))  # a file that is named twice is one policy
     policies = [read_policy(file, model, needed or file != path) for file in files]
     int4 = policies[0].int4 if policies[0] else None
-    if int4 is None:
-        print(f"note: {path} is not there or of another model, so INT4 codes are rounded to nearest", file=sys.stderr)
     for file, policy in zip(files[1:], policies[1:]):
         if policy.int4 != int4:
             raise ValueError(f"{file} has other INT4 codes than {path}; train both on the same data")

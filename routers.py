@@ -23,14 +23,13 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
                 training, and is set once more on training text in the end
     start       the static choice: the gates of the most similar blocks closed (`begin`), adapters at zero; FlexiDepth's start at random
     noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start: p(m = 1) = sigmoid((logit - threshold) / NOISE)
-    budget      what opening all gates alike would do is taken off a gate's slope: only who deserves it more than others opens
-    slope       straight through, dL/dlogit = dL/dm sigmoid', with dL/dm at the m that was drawn: no estimate of L(1) - L(0), since what a skip
-                loses grows like a square; closed gates see twice of it, open ones nothing. Among tokens that does little harm; among blocks,
-                which is all that gate-fixed compares, it does. So there ReinMax (arXiv 2304.08612) takes the mean of both ends: dL/dm
-                over 2 p(m), for a slope of dL/dm (1 - p(m)) / 2
+    slope       dL/dm at the m that was drawn, passed straight through, is no estimate of L(1) - L(0): what a skip loses grows like a square,
+                so closed gates see twice of it and open ones nothing, and all would end half open. Skip controllers learn by ReinMax (arXiv
+                2304.08612): the mean of both ends, an end over 2 p(m), so dL/dlogit = dL/dm (1 - p(m)) / 2 up to a factor
+    budget      of that, what is left once what opening all gates alike would do is taken off: only who deserves it more than others opens
     KL          has the mean of CE's slope on text of the model's own, and less noise
     skips       are unscaled, and a router does not teach earlier blocks what to show it
-    first       skip controllers run the first token of a sequence in full: all others attend to it, and one block that it skips costs nats
+    first       skip controllers run the first token of a text in full: all others attend to it, and one block that it skips costs nats
     filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
                 training all gates but FlexiDepth's run the block for every token, so there they are plain too
 
@@ -53,7 +52,7 @@ from policy import Policy
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
 NARROW, WIDTH, OPEN = 16, 128, 1.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
 WINDOW, NOISE = 128, 0.25  # tokens of a step: many small steps beat few large ones; share of Gumbel's noise
-LR, LR_FLEXI, LR_BIAS = 2e-4, 1e-3, 0.03  # Adam's rates: routers; FlexiDepth's and its adapters; a last bias, how open a gate is
+LR, LR_MINDSKIP, LR_BIAS = 1e-3, 2e-4, 0.03  # Adam's rates: routers and adapters; MindSkip's routers; a last bias, how open a gate is
 ALPHA, PACE = 1e-3, 0.1  # FlexiDepth's, as its paper has it; of the threshold, for every gate too few that a step closes
 
 
@@ -185,12 +184,18 @@ def begin(policy, known, skip):
 
 
 @torch.no_grad()
-def slope(kind, by_m, logits, m):
-    """dL/dlogit of every gate and token from dL/dm, `by_m`, at the m that was drawn: all (gates, tokens)."""
-    g, p = logits.sigmoid(), (logits / NOISE).sigmoid()
-    opening = p * (1 - p) if kind == "gate-fixed" else g * (1 - g)
-    found = by_m * (torch.where(m > 0, 1 - p, p) / 2 if kind == "gate-fixed" else opening)
-    return found if kind == "mindskip" else found - opening * found.sum() / opening.sum()
+def straight_through(by_m, logits):
+    """dL/dlogit from dL/dm, `by_m`, of every gate and token: (gates, tokens)."""
+    g = logits.sigmoid()
+    return by_m * g * (1 - g)
+
+
+@torch.no_grad()
+def reinmax(by_m, logits, m):
+    """The same by the mean of both ends, from the m that was drawn, less what all gates have in common; NOISE times it, as Adam does not mind."""
+    p = (logits / NOISE).sigmoid()
+    found, opening = by_m * torch.where(m > 0, 1 - p, p) / 2, p * (1 - p)
+    return found - opening * found.sum() / opening.sum()
 
 
 def train_gates(policy, model, examples, skip, steps, checkpoint, log):
@@ -201,7 +206,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
     generator = policy.generator = torch.Generator().manual_seed(checkpoint.seed)
     parameters = dict(policy.gates.requires_grad_().named_parameters())
     flexidepth = policy.kind == "flexidepth"
-    rates = [LR_BIAS if p.numel() == 1 else LR_FLEXI if flexidepth else LR for p in parameters.values()]
+    rates = [LR_BIAS if p.numel() == 1 else LR_MINDSKIP if policy.kind == "mindskip" else LR for p in parameters.values()]
     optimizer = torch.optim.Adam([{"params": [p]} for p in parameters.values()])
     policy.threshold = checkpoint.meta.get("threshold", 0.0)
     for step, bar in checkpoint.steps("gates", steps, 10, parameters, optimizer, generator, lambda: {"threshold": policy.threshold}):
@@ -215,12 +220,12 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             loss, closed = ce + ALPHA * logits.sigmoid().sum(0).square().mean(), (logits <= 0).float()
             descend(loss, optimizer, parameters.values())
         else:
-            m = torch.stack(policy.on)[:, keep]
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
-            loss, closed = kl(full, logp).mean(), 1 - m
-            descend((slope(policy.kind, torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], logits, m) * logits).sum(), optimizer,
-                    parameters.values())
+            loss, m = kl(full, logp).mean(), torch.stack(policy.on)[:, keep]
+            by_m, closed = torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], 1 - m
+            by_logit = straight_through(by_m, logits) if policy.kind == "mindskip" else reinmax(by_m, logits, m)
+            descend((by_logit * logits).sum(), optimizer, parameters.values())
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")
