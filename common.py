@@ -127,7 +127,8 @@ class Checkpoint:
         if resume and self.path.exists():
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:
-                other = {k: v for k, v in self.meta.get("settings", {}).items() if settings.get(k) != v}
+                was = self.meta.get("settings", {})
+                other = {k: was.get(k) for k in sorted(was.keys() | settings.keys()) if was.get(k) != settings.get(k)}
                 raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
 
     def write(self, step, tensors, **more):
@@ -231,7 +232,10 @@ def command_line(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
-        return main()
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
+        return
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # as the shell says of a program that SIGPIPE ends

@@ -8,7 +8,7 @@ logit is above a threshold. The base stays frozen. What differs is what a gate c
                 or (ours) two layers on x. In training y = x + m (block(x) - x), m = 1[logit + noise > threshold], noise logistic:
                 Gumbel-Softmax with two choices.
     mindskip    attention alone, its MLP always runs; upper half of the blocks but the last (arXiv 2410.13184, by token):
-                linear; as above without noise and budget.
+                linear; m = 1[logit > threshold], and m passes its slope straight to the sigmoid: no noise, no budget.
     flexidepth  upper half of the blocks (arXiv 2503.23798): W_r W_up Norm(tanh(W_down z)), z the RMS-normed x, g = sigmoid.
                 Where g > 1/2 the token runs attention, and its MLP's output is weighted by g; where not, there is no
                 attention, and an adapter, an MLP 16 times narrower than the block's, is weighted by 1 - g. So g has a
@@ -92,8 +92,8 @@ class Router:
     """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
 
     rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
-    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen, on: of the last call, the logits
-    of each gate, (B, T), and in training its m. extra: see `bit_costs`.
+    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, the logits of
+    each gate, (B, T); on: in training its m, a leaf that gets dL/dm (FlexiDepth has none). extra: see `bit_costs`.
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
@@ -149,7 +149,8 @@ class Router:
     def free(self, example):
         """(R, T) bool: the tokens of a data.Example for which gates decide."""
         keep = example.keep()
-        keep[:, 0] &= not self.kind.startswith("gate-")
+        if self.kind.startswith("gate-"):
+            keep[:, 0] = False
         return keep
 
     def save(self, path):
@@ -184,18 +185,20 @@ def begin(policy, known, skip):
 
 
 @torch.no_grad()
-def straight_through(by_m, logits):
-    """dL/dlogit from dL/dm, `by_m`, of every gate and token: (gates, tokens)."""
-    g = logits.sigmoid()
+def straight_through(by_m, over):
+    """dL/dlogit from dL/dm, `by_m`, for `over`, the logits less the threshold: all of every gate and token, (gates, tokens)."""
+    g = over.sigmoid()
     return by_m * g * (1 - g)
 
 
 @torch.no_grad()
-def reinmax(by_m, logits, m):
-    """The same by the mean of both ends, from the m that was drawn, less what all gates have in common; NOISE times it, as Adam does not mind."""
-    p = (logits / NOISE).sigmoid()
-    found, opening = by_m * torch.where(m > 0, 1 - p, p) / 2, p * (1 - p)
-    return found - opening * found.sum() / opening.sum()
+def reinmax(by_m, over, m):
+    """dL/d(logit / NOISE) from dL/dm at the m that was drawn, by the mean of both ends, less what moving all gates together, as the
+    threshold does, would bring: it sums to zero. Shapes as above."""
+    opened, closed = (over / NOISE).sigmoid(), (-over / NOISE).sigmoid()  # p(m = 1), p(m = 0)
+    slope = by_m * torch.where(m > 0, closed, opened) / 2  # p(1) p(0) dL/dm / (2 p(m))
+    moves = opened * closed
+    return slope - moves * slope.sum() / moves.sum().clamp(min=1e-12)
 
 
 def train_gates(policy, model, examples, skip, steps, checkpoint, log):
@@ -215,17 +218,17 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
         ce, keep = F.nll_loss(logp, right), policy.free(example)
-        logits = torch.stack(policy.seen)[:, keep] - policy.threshold  # (gates, tokens)
+        over = torch.stack(policy.seen)[:, keep] - policy.threshold  # (gates, tokens)
         if flexidepth:
-            loss, closed = ce + ALPHA * logits.sigmoid().sum(0).square().mean(), (logits <= 0).float()
+            loss, closed = ce + ALPHA * over.sigmoid().sum(0).square().mean(), (over <= 0).float()
             descend(loss, optimizer, parameters.values())
         else:
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
             loss, m = kl(full, logp).mean(), torch.stack(policy.on)[:, keep]
             by_m, closed = torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], 1 - m
-            by_logit = straight_through(by_m, logits) if policy.kind == "mindskip" else reinmax(by_m, logits, m)
-            descend((by_logit * logits).sum(), optimizer, parameters.values())
+            by_logit = straight_through(by_m, over) if policy.kind == "mindskip" else reinmax(by_m, over, m)
+            descend((by_logit * over).sum(), optimizer, parameters.values())  # whose slope by a logit is by_logit
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")
@@ -236,7 +239,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
 
 @torch.no_grad()
 def calibrate(policy, model, examples, skip):
-    """Set the threshold at which `skip` gates a token are closed on examples. What earlier gates close changes what later ones see, so
+    """Set the threshold at which `skip` gates a token (that has a choice) are closed on examples. What earlier gates close changes what later ones see, so
     the threshold is found in rounds: each goes halfway to the right one for the logits that the round before it gave rise to."""
     for n in range(4):
         logits = []

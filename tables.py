@@ -325,13 +325,14 @@ def transfer(args):
     if len(set(files.values())) < len(files) or not there:
         raise ValueError(f"transfer needs a policy a task: python train.py --data TASK --data-dir DIR --out out-TASK, then --policy "
                          f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
-    found, sizes = {trained: {} for trained in there}, {}
+    found, sizes, codes = {trained: {} for trained in there}, {}, {}
     for tested in tasks:
         model, _, _, _, examples = at_hand(args, tested, TASKS[tested], next(iter(there.values())))
         sizes[tested] = len(examples)
         for trained, file in tqdm(there.items(), desc=tested):
             policy = read_policy(file, model, True)
             model.quantize(int4=policy.int4)  # each goes with its own codes
+            codes[trained] = policy.int4
             full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
             key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)
             found[trained][tested] = {"kl": row["kl"], "speedup": row["speedup"], "each": row["each"], "change": spread(
@@ -342,4 +343,4 @@ def transfer(args):
     caption = (f"The paper's Figure 5, {args.speedup:g}x. Rows: trained on; columns: tested on, n = {n}. KL to the full model [95% interval], "
                "change of accuracy in points or of nats (speedup in bits); priced on the test text."
                + (f" No policy yet for {', '.join(missing)}." if missing else ""))
-    publish(args, "transfer", model, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found, n=sizes)
+    publish(args, "transfer", model, caption=caption, markdown=format_table(["trained on", *tasks], cells), found=found, n=sizes, int4=codes)

@@ -79,8 +79,6 @@ class Tokenizer:
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
             raise ValueError("a merge makes a token that the vocabulary lacks")
-        if unk is not None and unk not in vocab:
-            raise ValueError(f"unk_token {unk!r} is not in the vocabulary")
         self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
         either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
         self.known = self.added | special

@@ -258,9 +258,10 @@ def main():
     out = lock_folder(args.out)
     if args.train_model and Path(args.model).resolve() == (out / "model.safetensors").resolve():
         raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
+    began = args.start and f"{args.start}, {fingerprint(Path(args.start).read_bytes())}"
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "start": args.start and f"{args.start}, {fingerprint(Path(args.start).read_bytes())}", "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
+                "overhead": list(overhead), "start": began, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
                 "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": fingerprint(text.encode())}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     if not args.resume:
@@ -314,7 +315,7 @@ def main():
     if args.cost == "latency":
         promised = (4 * L + overhead[0]) / (L * mean_cost(rows[1]["raw"], costs) + overhead[1])
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"
-    report(out, names, rows, test, args, model, settings, how, "policy.safetensors" + (", model.safetensors (give it as --model)" if args.train_model else ""))
+    report(out, names, rows, test, args, model, settings, how, "policy.safetensors" + args.train_model * ", model.safetensors (give it as --model)")
 
 
 if __name__ == "__main__":
