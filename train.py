@@ -56,12 +56,14 @@ def profile(model, tokens):
     """Every block's input x and output y over tokens (N, T): the two forms of a_i, and what the scorer's inputs are standardised by.
 
     Returns a dict of (L,) fp64 tensors: "least_squares" sum<x,y>/sum<x,x> and "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean",
-    "std" of the RMS-normed x.
+    "std" of the RMS-normed x. ValueError where a block gives what is not finite.
     """
     found = []
     for x, _, y in tqdm(model.block_by_block(tokens), desc="calibrate", total=len(model.blocks), leave=False):
         # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
         x, y = (t.view(*tokens.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
+        if not y.isfinite().all():
+            raise ValueError(f"{model.name}: what its block {len(found) + 1} gives is not finite; the weights are corrupt, download them again")
         normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         found.append({"least_squares": (x * y).sum() / (x * x).sum(), "norm_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(),
                       "mean": normed.mean(0), "std": normed.std(0, correction=0).clamp(min=1e-6)})
