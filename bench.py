@@ -116,7 +116,8 @@ def main():
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
-    p.add_argument("--limit", type=int, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, 100 items, 8 articles")
+    p.add_argument("--limit", type=int, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, "
+                   "100 items, 8 articles")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
     p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn")
     p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle")

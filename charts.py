@@ -5,14 +5,13 @@ A command measures and writes results/NAME.json; then the function here that is 
 A picture carries the hash of the file that it shows, so that a test can tell when the two part.
 """
 
-import hashlib
 import io
 import itertools
 import re
 from pathlib import Path
 
 from baselines import interval, quotient
-from common import by, read_json, refusing, write_whole
+from common import by, read_json, refusing, sha256, write_whole
 
 SHADES = (("4", "full", "#1b4965"), ("2", "INT8", "#5fa8d3"), ("1", "INT4", "#bee9e8"), ("0", "skip", "#e8e8e8"))  # of the states
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend at the right of its panel
@@ -28,7 +27,7 @@ def canvas(width, height, columns=1, rows=1):
 
 def source_of(file):
     """What a picture says that it was drawn from."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return sha256(file)
 
 
 def draw(file):

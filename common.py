@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -106,6 +107,12 @@ def read_safetensors(path, maker="python train.py"):
         return {k: f.get_tensor(k) for k in f.keys()}, meta
 
 
+def sha256(path):
+    """A file -> its SHA-256, 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def read_json(path):
     """A JSON file -> a dict. ValueError or FileNotFoundError names the file."""
     try:
@@ -190,7 +197,8 @@ def save_result(path, device, model, seed, **content):
             versions[name] = metadata.version(name)
     about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed,
              "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-             "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint(), "int4": getattr(model, "int4", None)}
+             "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint(),
+             "int4": getattr(model, "int4", None)}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())
 
 
@@ -233,8 +241,7 @@ def command_line(main):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)  # a pipe that nobody reads any more shows itself here, not when Python ends
         return
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

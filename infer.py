@@ -321,7 +321,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
     "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text,
-    states)` is called as tokens come; its text never ends in half a character. sync: on a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs.
+    states)` is called as tokens come; its text never ends in half a character. sync: on a GPU, decide on the stream that runs the
+    blocks; eager: without CUDA graphs.
     ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)

@@ -324,8 +324,8 @@ class Policy:
     scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup, in
     the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
-    mu: the price in use, None until `at` sets it, a float, or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the temperature of
-    sampling; tracked: None, or the speedup that the price follows while decoding; kv: see `Fixed`; allowed: the states to choose
+    mu: the price in use, None until `at` sets it, a float, or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the
+    temperature of sampling; tracked: None, or the speedup that the price follows while decoding; kv: see `Fixed`; allowed: the states to choose
     from (ablations).
     """
 

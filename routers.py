@@ -91,15 +91,17 @@ def normed(x):
 class Router:
     """A policy of trained gates; states are 4 and 0. kind: one of `KINDS`; the rest as `Policy`.
 
-    rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of its own. routed: the blocks that have a
-    gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen: of the last call, the logits of
-    each gate, (B, T); on: in training its m, a leaf that gets dL/dm (FlexiDepth has none). extra: see `bit_costs`.
+    controls: whether it is a skip controller. rows: rows of `states` a block, 2 for FlexiDepth and MindSkip, where attention has states of
+    its own. routed: the blocks that have a gate. threshold: of the logits. generator: None, or in training what its noise comes from. seen:
+    of the last call, the logits of each gate, (B, T); on: in training its m, a leaf that gets dL/dm (FlexiDepth has none). extra: see
+    `bit_costs`.
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
         L, self.kind, self.fingerprint, self.settings = n_layer, kind, fingerprint, settings or {}
         self.size = (n_layer, n_embd, n_hidden)
-        self.rows = 2 if kind in ("flexidepth", "mindskip") else 1
+        self.controls = kind.startswith("gate-")
+        self.rows = 1 if self.controls else 2
         self.routed = {"flexidepth": range(L // 2, L), "mindskip": range(L - 1 - L // 2, L - 1)}.get(kind, range(1, L - 1))
         self.gates = nn.ModuleList(Gate(kind, n_embd, n_hidden) for _ in self.routed).requires_grad_(False)
         self.scale = [1.0] * (self.rows * L)
@@ -131,7 +133,7 @@ class Router:
         logit = gate.router(shown)[..., 0]  # (B, T)
         self.seen.append(logit)
         run, gain = logit > self.threshold, None
-        if self.kind.startswith("gate-"):
+        if self.controls:
             if training:
                 run = torch.rand(run.shape, generator=self.generator).to(run.device) < ((logit - self.threshold) / NOISE).sigmoid()
             if start == 0:
@@ -149,7 +151,7 @@ class Router:
     def free(self, example):
         """(R, T) bool: the tokens of a data.Example for which gates decide."""
         keep = example.keep()
-        if self.kind.startswith("gate-"):
+        if self.controls:
             keep[:, 0] = False
         return keep
 
@@ -239,8 +241,9 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
 
 @torch.no_grad()
 def calibrate(policy, model, examples, skip):
-    """Set the threshold at which `skip` gates a token (that has a choice) are closed on examples. What earlier gates close changes what later ones see, so
-    the threshold is found in rounds: each goes halfway to the right one for the logits that the round before it gave rise to."""
+    """Set the threshold at which `skip` gates a token (that has a choice) are closed on examples. What earlier gates close changes what
+    later ones see, so the threshold is found in rounds: each goes halfway to the right one for the logits that the round before it gave
+    rise to."""
     for n in range(4):
         logits = []
         for example in tqdm(examples, desc="threshold", leave=False):

@@ -309,8 +309,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
             f()  # captures its graphs
         return in_rounds(rounds, contenders)
 
-    contenders = {"bf16": step, "bf16 head": lambda: step(None, plain), "half the blocks": lambda: step(None, half), "INT8": lambda: step(Fixed([2] * L)),
-                  "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
+    contenders = {"bf16": step, "bf16 head": lambda: step(None, plain), "half the blocks": lambda: step(None, half),
+                  "INT8": lambda: step(Fixed([2] * L)), "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
     try:
         theirs = transformers_model(config, device)
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)

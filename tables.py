@@ -331,7 +331,8 @@ def transfer(args):
         sizes[tested] = len(examples)
         for trained, file in tqdm(there.items(), desc=tested):
             policy = read_policy(file, model, True)
-            model.quantize(int4=policy.int4)  # each goes with its own codes
+            if policy.int4 != model.int4:  # each goes with its own codes
+                model.quantize(int4=policy.int4)
             codes[trained] = policy.int4
             full, row = compare(model, examples, [None, *variant(policy, model, examples, [args.speedup])])
             key, unit = ("nats", 1) if tested in TEXTS else ("accuracy", 100)

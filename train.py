@@ -34,7 +34,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, public, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result
+from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result, sha256
 from data import Example, is_choice, load_examples, load_text, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -160,9 +160,9 @@ def arguments():
     return args
 
 
-def fingerprint(data):
-    """Bytes that a run reads -> 12 digits that tell whether --resume reads the same."""
-    return hashlib.sha256(data).hexdigest()[:12]
+def digest(text):
+    """12 digits that tell --resume whether it reads the same text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def up_to(tokens, examples):
@@ -197,7 +197,7 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     examples, test = read("train", 10**6, routers.WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
-                "seed": args.seed, "fingerprint": policy.fingerprint, "text": fingerprint(text.encode())}
+                "seed": args.seed, "fingerprint": policy.fingerprint, "text": digest(text)}
     policy.settings = settings
     samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
@@ -260,11 +260,11 @@ def main():
     out = lock_folder(args.out)
     if args.train_model and Path(args.model).resolve() == (out / "model.safetensors").resolve():
         raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
-    began = args.start and f"{args.start}, {fingerprint(Path(args.start).read_bytes())}"
+    started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "start": began, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
-                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": fingerprint(text.encode())}
+                "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
+                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     if not args.resume:
         (out / "base.safetensors").unlink(missing_ok=True)  # of an earlier run: our own --resume would stumble over it
@@ -317,7 +317,8 @@ def main():
     if args.cost == "latency":
         promised = (4 * L + overhead[0]) / (L * mean_cost(rows[1]["raw"], costs) + overhead[1])
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"
-    report(out, names, rows, test, args, model, settings, how, "policy.safetensors" + args.train_model * ", model.safetensors (give it as --model)")
+    wrote = "policy.safetensors" + (", model.safetensors (give it as --model)" if args.train_model else "")
+    report(out, names, rows, test, args, model, settings, how, wrote)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import ELSEWHERE, make_folder, read_json, refusing
+from common import ELSEWHERE, make_folder, read_json, refusing, sha256
 from tokenizer import DIGITS_PATTERN, Tokenizer, tokenizer_from_json
 
 
@@ -234,11 +234,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash"
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch_smollm2():

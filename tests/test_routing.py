@@ -173,8 +173,5 @@ def test_a_tracking_price_keeps_to_the_budget_and_can_be_replayed(tiny):
     policy.at(target, track=True)  # a new text starts with the calibrated price
     model(tokens[:, :1], policy, KVCache(model, 1, 4))
     assert policy.mu == policy.price(target)
-    both, cache, states = torch.cat([tokens, tokens.flip(1)]), KVCache(model, 2, 512), []  # one price serves a batch
-    for part in both.split([32] + [1] * 480, dim=1):
-        model(part, policy, cache)
-        states.append(policy.states)
-    assert abs(cost(torch.cat(states, 2))) < 0.01
+    _, states = decode(model, torch.cat([tokens, tokens.flip(1)]), policy, [32] + [1] * 480)  # one price serves a batch
+    assert abs(cost(states)) < 0.01
