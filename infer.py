@@ -43,18 +43,17 @@ def bucket_of(n):
 
 
 class Bucket:
-    """One block's keys and values (1, slots, n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
+    """One block's keys and values (1, slots, 2 n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
     `position` names and reads the first `size` slots, under a mask (1, 1, 1, slots). So one graph serves every token of a bucket, and
     attention does not read the whole cache."""
 
-    def __init__(self, k, v, position, mask, size):
-        self.k, self.v, self.position, self.mask, self.size = k, v, position, mask, size
+    def __init__(self, kv, position, mask, size):
+        self.kv, self.position, self.mask, self.size = kv, position, mask, size
 
     def store(self, k, v, i):
         """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""
-        self.k.index_copy_(1, self.position, k)
-        self.v.index_copy_(1, self.position, v)
-        return self.k[:, : self.size], self.v[:, : self.size], self.mask[..., : self.size]
+        self.kv.index_copy_(1, self.position, torch.cat([k, v], 2))
+        return *self.kv[:, : self.size].chunk(2, dim=2), self.mask[..., : self.size]
 
 
 # What graphs run, as functions of all that differs from token to token and block to block, so that one compilation serves them all
@@ -126,8 +125,7 @@ class Engine:
         self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
-        # not tuned but for the scorer: a block's products have been chosen, by measurement
-        self.compiled = functools.cache(lambda f: compiled(f, tuned=f is best_into)) if cuda else None
+        self.compiled = functools.cache(compiled) if cuda else None
         self.plain = set()  # what it could not compile
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
@@ -138,7 +136,7 @@ class Engine:
                    self.slots, self.mask)
 
     def run_block(self, i, s, size):
-        bucket = Bucket(self.cache.k[i], self.cache.v[i], self.position, self.mask, size)
+        bucket = Bucket(self.cache.kv[i], self.position, self.mask, size)
         self.fused(block_into, self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket)
 
     def run_scorer(self, scorer, i, blocks):

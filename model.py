@@ -76,7 +76,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values of every block, preallocated: k and v are (L, B, size, n_kv_head, head_dim).
+    """Keys and values of every block, preallocated: k and v are (L, B, size, n_kv_head, head_dim), views of one tensor, kv.
 
     `length` positions are filled. Every block has written every position: a skipped token fills its keys and values. Under a
     policy with kv "none" it does not; then `written` (L, B, size) bool says which positions may be attended to.
@@ -84,8 +84,9 @@ class KVCache:
 
     def __init__(self, model, batch, size):
         c, weight = model.config, model.embed.weight
-        self.k = torch.zeros(c.n_layer, batch, size, c.n_kv_head, c.head_dim, dtype=weight.dtype, device=weight.device)
-        self.v = torch.zeros_like(self.k)
+        # side by side, so that a GPU stores both at once
+        self.kv = torch.zeros(c.n_layer, batch, size, 2 * c.n_kv_head, c.head_dim, dtype=weight.dtype, device=weight.device)
+        self.k, self.v = self.kv.chunk(2, dim=3)
         self.length, self.written = 0, None
 
     def mark(self, i, T, ran):

@@ -336,9 +336,9 @@ def unpack_nibbles(packed, K):
 class Int4Weight:
     """INT4 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
-    kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 aten" and
-    "int4 compiled": the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes "reference", whose
-    layout is that of "int4 compiled".
+    kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 compiled" and "int4 aten 2",
+    4 or 8 (so many tiles of 16 inputs lie together): the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes
+    "reference", whose layout is that of "int4 compiled".
     """
 
     def __init__(self, codes, scale, zero, dtype):
@@ -347,13 +347,14 @@ class Int4Weight:
         self.N, self.width = N, K
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
-        words = lambda: [pack_words(F.pad(codes, (0, -K % GROUP))), torch.stack([scale, zero]).to(dtype)]
+        nibbles = lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]
         layouts = {
             "int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
-            "int4 aten": lambda: [torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8), interleaved()],
-            "int4 compiled": words, "reference": words}
+            "int4 compiled": nibbles, "reference": nibbles}
         if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
-            candidates = {name: layouts[name] for name in ("int4 compiled", "int4 aten")}
+            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+            layouts |= {f"int4 aten {t}": lambda t=t: [torch._convert_weight_to_int4pack(pairs, t), interleaved()] for t in TILES}
+            candidates = {name: layout for name, layout in layouts.items() if name in ROW_KERNELS}
             self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
         self.codes, self.scale_zero = layouts[self.kernel]()
 
@@ -363,9 +364,9 @@ class Int4Weight:
     def __call__(self, x):
         if self.kernel == "int4pack":
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
-        if self.kernel == "int4 aten" or self.kernel == "int4 compiled" and len(x) == 1:
+        if self.kernel.startswith("int4 aten") or self.kernel == "int4 compiled" and len(x) == 1:
             return row_product(self.kernel, x, self.tensors(), self.N)
-        return F.linear(x, dequantize_int4(unpack_words(self.codes)[:, : self.width], *self.scale_zero).to(x.dtype))
+        return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -382,90 +383,55 @@ def int8_row(x, codes, scale):
     return ((codes.float() * x.float()).sum(-1) * scale.float()).to(x.dtype)[None]
 
 
-def pack_words(codes):
-    """codes (N, K) uint8 in 0..15 -> (N, K / 8) int32, eight codes each: word (j, g), j < 8, g < K / 64, holds those of the inputs
-    64 g + 8 k + j, k = 0..7, the lowest nibble first. g runs fastest in words, scales and `in_planes` alike, so a GPU loads 16 bytes at once."""
-    groups = codes.view(len(codes), -1, 8, 8)  # g, k, j
-    words = functools.reduce(torch.bitwise_or, (groups[:, :, k].int() << 4 * k for k in range(8)))
-    return words.transpose(1, 2).reshape(len(codes), -1)
+def int4_row(x, packed, scale_zero):
+    """As `bf16_row` with codes of `pack_nibbles` and scale_zero (2, N, K / GROUP)."""
+    return bf16_row(x, dequantize_int4(unpack_nibbles(packed, x.shape[1]), *scale_zero.float()))
 
 
-def unpack_words(words):
-    """The inverse of `pack_words`."""
-    words = words.view(len(words), 8, -1).transpose(1, 2)
-    return torch.stack([(words >> 4 * k & 15).to(torch.uint8) for k in range(8)], 2).flatten(1)
-
-
-def in_planes(x):
-    """x (1, K) -> (8, K / 8) fp32 in the order of `pack_words`: row k is what nibble k of each word multiplies. By `index_copy_`, which
-    torch.compile puts into the kernel that makes x; a transposition would be one more."""
-    K = x.shape[1]
-    i = torch.arange(K, device=x.device)
-    place = (i // 8 % 8 * 8 + i % 8) * (K // GROUP) + i // GROUP
-    return torch.empty(K, device=x.device).index_copy_(0, place, x[0].float()).view(8, -1)
-
-
-def int4_row(planes, words, scale_zero):
-    """As `bf16_row` with `in_planes` of x, words of `pack_words` and scale_zero (2, N, K / GROUP)."""
-    words, planes = words.view(len(words), 8, -1), planes.view(8, 8, -1)
-    scale, zero = scale_zero.float()[:, :, None]
-    zero = zero - 8 * scale
-    return sum(((words >> 4 * k & 15).float() * scale + zero) * planes[k] for k in range(8)).sum((1, 2)).to(scale_zero.dtype)[None]
-
-
+TILES = (2, 4, 8)  # of aten's INT4 layout
 ROW_KERNELS = {
     "bf16 cublas": F.linear, "bf16 compiled": bf16_row, "int8 aten": torch._weight_int8pack_mm, "int8 compiled": int8_row,
-    "int4 aten": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero), "int4 compiled": int4_row}
+    "int4 compiled": int4_row,
+    **{f"int4 aten {t}": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero) for t in TILES}}
 CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}; infer.Engine notes what it can't compile
 
 
-def compiled(f, tuned):
-    """f by torch.compile for static shapes, a compilation each, kept on disk by PyTorch. tuned: products of one row in it become sums,
-    which every multiprocessor shares, and kernels are searched for at length."""
+def compiled(f):
+    """f by torch.compile for static shapes, a compilation each, kept on disk by PyTorch. Kernels are searched for at length, and products of
+    one row in it become sums, which every multiprocessor shares."""
     torch._dynamo.config.recompile_limit = 256
-    return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": tuned})
+    return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
 
 
 @functools.cache
 def row_kernel(name):
-    return compiled(ROW_KERNELS[name], tuned=True) if name.endswith("compiled") else ROW_KERNELS[name]
-
-
-def row_product(name, x, tensors, N):
-    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS."""
-    return row_operator(name, operand(name, x), tensors, N, len(x))
-
-
-def operand(name, x):
-    """x as a kernel wants it; outside the operator, so that in a compiled block it is part of what makes x."""
-    return in_planes(x) if name == "int4 compiled" else x
+    return compiled(ROW_KERNELS[name]) if name.endswith("compiled") else ROW_KERNELS[name]
 
 
 @torch.library.custom_op("dash::row_product", mutates_args=())
-def row_operator(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, rows: int) -> torch.Tensor:
-    """An operator of its own, so that torch.compile of a whole block leaves it alone: inlined, what comes before it would be computed
-    again for every row of the weight."""
+def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
+    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it alone:
+    inlined, what comes before it would be computed again for every row of the weight."""
     # What is passed on must look the same whoever calls, or it is compiled again: torch.compile guards on every stride, that of a dimension of
     # 1 too, on Parameter or Tensor, on inference mode, and on being in the first call of a compiled block
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
         return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
 
 
-@row_operator.register_fake
-def _(name, x, tensors, N, rows):
-    return x.new_empty(rows, N, dtype=torch.bfloat16)
+@row_product.register_fake
+def _(name, x, tensors, N):
+    return x.new_empty(len(x), N)
 
 
 def gpu_microseconds(name, x, tensors, N):
     """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or 512 copies."""
     copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(511, 2**28 // sum(t.nbytes for t in tensors) + 1))]
-    x = operand(name, x)
-    row_operator(name, x, copies[-1], N, 1)  # should a copy compile anew: that is not allowed in a capture
+    row_product(name, x, copies[-1], N)  # should a copy compile anew: that is not allowed in a capture
     graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # a capture that fails leaves its stream the current one; `stream` puts ours back
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for copy in copies:
-            row_operator(name, x, copy, N, 1)
+            row_product(name, x, copy, N)
     times = []
     for _ in range(6):  # the first finds the GPU idle: the best of them is not that one
         began.record()

@@ -229,9 +229,9 @@ def test_row_kernels_against_the_reference(N, K, compiled):
     cases = {"bf16 compiled": ([w.bfloat16()], w),
              "int8 compiled": ([t if t.dtype == torch.int8 else t.bfloat16() for t in quant.quantize_int8(w)],
                                quant.dequantize_int8(*quant.quantize_int8(w))),
-             "int4 compiled": ([quant.pack_words(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
+             "int4 compiled": ([quant.pack_nibbles(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
     for name, (tensors, dense) in cases.items():
-        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](quant.operand(name, x), *tensors)
+        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](x, *tensors)
         want = x.float() @ dense.T
         assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
 
@@ -302,14 +302,6 @@ def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
                                                               fullgraph=True, dynamic=False))
     compare(model, Fixed([4, 0, 2, 1, 1, 4], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), engine, 10)
     assert not engine.plain and sorted(calls) == [("block_into", 1), *[("block_into", 4)] * 3, ("embed_into", 0)]
-
-
-def test_words_hold_the_codes():
-    codes = torch.randint(16, (5, 192), dtype=torch.uint8)
-    words, planes = quant.pack_words(codes), quant.in_planes(torch.arange(192.0)[None])
-    assert words.dtype == torch.int32 and words.shape == (5, 24) and torch.equal(quant.unpack_words(words), codes)
-    for k in range(8):  # the nibble and the input that it multiplies
-        assert torch.equal(words >> 4 * k & 15, codes[:, planes[k].long()].int())
 
 
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
