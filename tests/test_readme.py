@@ -40,12 +40,16 @@ def test_numbers_between_the_tables_are_those_of_results():
     goal = lambda n: between([each[n] for each in lost], ".1f")
     fast, slow = (result(f"speed-cpu{name}") for name in ("-avx512", ""))
     dash = {row["speedup_target"]: row for row in fast["routed"] if row["horizon"] > 1}
+    *planned, ahead = ({k: 100 * (row[k] - 1) for k in ("async / known", "async / sync")} for row in result("speed-gpu")["shapes"][0]["routed"])
+    behind = (100 + ahead["async / known"]) / (1 + ahead["async / sync"] / 100) - 100
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
                  f"asked for 2x decodes {dash[2.0]['measured']:.2f}x as fast as bf16, and plain INT8 in all blocks {fast['ratios']['INT8 / bf16']:.2f}x",
                  f"all INT4 ({int4['speedup']:.2f}x in bits)",
+                 f"decisions cost {between([row['async / known'] for row in planned], '.0f')}% of a token",
+                 f"one block ahead they cost {ahead['async / known']:.0f}%, on the same stream {behind:.0f}%",
                  f"three seeds are at {between([s[2] for s in seeds])} and {between([s[3] for s in seeds])}.",
                  f"*By position* is at {between(left('by position')[:4])} up to 3.24x and above 1 beyond:",
                  f"rises by {goal(0)}% at 2x (the goal was 0.5%), by {goal(2)}% at 2.67x (1%) and by {goal(3)}% at 3.2x (2.5%)",
