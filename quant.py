@@ -410,8 +410,8 @@ def row_kernel(name):
 
 @torch.library.custom_op("dash::row_product", mutates_args=())
 def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
-    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS. An operator of its own, so that torch.compile of a whole block leaves it alone:
-    inlined, what comes before it would be computed again for every row of the weight."""
+    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS, n = 1 for those that are compiled. An operator of its own, so that torch.compile of a
+    whole block leaves it alone: inlined, what comes before it would be computed again for every row of the weight."""
     # What is passed on must look the same whoever calls, or it is compiled again: torch.compile guards on every stride, that of a dimension of
     # 1 too, on Parameter or Tensor, on inference mode, and on being in the first call of a compiled block
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
@@ -469,11 +469,11 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
     return CHOSEN[key]["kernel"]
 
 
-def linear_by_row(x, weight, bias=None):
-    """F.linear, with one row computed by "bf16 compiled"."""
+def linear_by_row(kernel, x, weight, bias=None):
+    """F.linear, with one row computed by a kernel of ROW_KERNELS, "bf16 cublas" too: torch.compile would take a call of it apart."""
     if len(x) > 1:
         return F.linear(x, weight, bias)
-    y = row_product("bf16 compiled", x, [weight], len(weight))
+    y = row_product(kernel, x, [weight], len(weight))
     return y if bias is None else y + bias
 
 
@@ -513,7 +513,7 @@ class RoutedLinear(nn.Module):
         if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
             layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
             chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
-            self.linear = linear_by_row if chosen == "bf16 compiled" else product
+            self.linear = product if chosen == "reference" else functools.partial(linear_by_row, chosen)
 
     @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):

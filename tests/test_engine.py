@@ -289,8 +289,9 @@ def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
     tiny_folder(tmp_path, layers=6, intermediate_size=128)
     model, _ = load(str(tmp_path), dtype=torch.bfloat16)
     model.quantize(real=True)
-    for linear in [linear for block in model.blocks for linear in block.linears().values()]:
-        int4, linear.linear = quant.quantize_int4(linear.weight), quant.linear_by_row
+    for name, linear in [pair for block in model.blocks for pair in block.linears().items()]:
+        int4 = quant.quantize_int4(linear.weight)
+        linear.linear = functools.partial(quant.linear_by_row, "bf16 cublas" if name == "o" else "bf16 compiled")
         linear.low = {1: quant.Int4Weight(*int4, torch.float32), 2: quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)}
         linear.low["fill"] = quant.Int4Weight(*(t[-2 * model.blocks[0].kv_size :] for t in int4), torch.float32)
         linear.low[2].kernel = "int8 compiled"
@@ -317,7 +318,7 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
             assert (weight(x[:rows]) - want).abs().max() < 0.02 * want.abs().max()
     bias = torch.randn(48).bfloat16()
     for rows in (1, 5):
-        got, want = quant.linear_by_row(x[:rows], w.bfloat16(), bias), torch.nn.functional.linear(x[:rows], w.bfloat16(), bias)
+        got, want = quant.linear_by_row("bf16 compiled", x[:rows], w.bfloat16(), bias), torch.nn.functional.linear(x[:rows], w.bfloat16(), bias)
         assert (got - want).abs().max() < 0.02 * want.abs().max()
 
 
