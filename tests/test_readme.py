@@ -40,12 +40,13 @@ def test_numbers_between_the_tables_are_those_of_results():
     goal = lambda n: between([each[n] for each in lost], ".1f")
     fast, slow = (result(f"speed-cpu{name}") for name in ("-avx512", ""))
     dash = {row["speedup_target"]: row for row in fast["routed"] if row["horizon"] > 1}
-    gpu = result("speed-gpu")["shapes"][0]["latency_ms"]
+    shape = result("speed-gpu")["shapes"][0]
+    gpu, gained = shape["latency_ms"], [f"{row['measured']:.2f}x" for row in shape["routed"] if row["horizon"] > 1]
     chosen = result("speed-gpu")["kernels"]
     products = lambda bits: sum(min(v for v in row.values() if isinstance(v, float)) for key, row in chosen.items()
                                 if key in [f"{bits} x {shape}" for shape in ("12288 x 4096", "4096 x 4096", "22016 x 4096", "4096 x 11008")])
     beside = lambda bits, state: 100 - products(bits) / gpu[state] / 10
-    *planned, ahead = ({k: 100 * (row[k] - 1) for k in ("async / known", "async / sync")} for row in result("speed-gpu")["shapes"][0]["routed"])
+    *planned, ahead = ({k: 100 * (row[k] - 1) for k in ("async / known", "async / sync")} for row in shape["routed"])
     behind = (100 + ahead["async / known"]) / (1 + ahead["async / sync"] / 100) - 100
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
@@ -53,6 +54,8 @@ def test_numbers_between_the_tables_are_those_of_results():
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
                  f"asked for 2x decodes {dash[2.0]['measured']:.2f}x as fast as bf16, and plain INT8 in all blocks {fast['ratios']['INT8 / bf16']:.2f}x",
                  f"all INT4 ({int4['speedup']:.2f}x in bits)",
+                 "come out as {}, {} and {} over our bf16, which is {:.1f} times as fast as transformers and {:.2f} times as fast as gpt-fast".format(
+                     *gained, shape["bf16 / transformers"], shape["bf16 / gpt-fast"]),
                  f"products is {beside(16, '4'):.0f}% of a block's time in bf16 and {beside(4, '1'):.0f}% in INT4",
                  f"([{result('train-gpu')['seconds']} s](results/README.md#on-a-gpu))",
                  f"decisions cost {between([row['async / known'] for row in planned], '.0f')}% of a token",
