@@ -289,9 +289,9 @@ def random_priced_policy(model, ids, horizon, targets, costs, overhead):
     return policy
 
 
-def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=512, tokens=64):
-    """Everything that is measured for one shape, a dict for results/, and a function that gives one token's events (`one_token`);
-    checkout: folder of gpt-fast, or None."""
+def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, context=512, tokens=64):
+    """Everything that is measured for one shape, a dict for results/ that `keep` is called with as it grows, and a function that gives
+    one token's events (`one_token`); checkout: folder of gpt-fast, or None."""
     peer = gpt_fast(checkout, config, device, context, tokens) if checkout else None  # a wrong folder: say so first
     model, L = random_model(name, config, device), config.n_layer
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
@@ -326,7 +326,16 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
     unit = table["4"] / 4
     costs = torch.tensor([table[s] / unit for s in ("0", "1", "2", "4")])
 
-    routed, decisions, targets = [], [], (1.33, 1.67, 2.0)
+    sizes = model.bytes()
+    keys = 4 * L * config.n_kv_head * config.head_dim * (context + tokens // 2)  # bytes of the keys and values that a token reads
+    read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
+    found = {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead}, "routed": [],
+             "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
+             **{f"bf16 / {other}": ratio(seconds, other, "bf16 head") if other in seconds else None for other in ("gpt-fast", "transformers")},
+             "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4")}
+    keep(found)
+
+    decisions, targets = [], (1.33, 1.67, 2.0)
     for horizon in (L, 1):
         policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, (overhead / unit, overhead / unit))
         for target in targets if horizon == L else targets[-1:]:
@@ -338,20 +347,15 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, context=51
                                 "full": step})
             if horizon == L:
                 decisions += [1000 * (a - b) for a, b in zip(values["async"], values["known"])]
-            routed.append({"horizon": horizon, "speedup_target": target, "measured": ratio(values, "full", "async"),
-                           "blocks_ms": blocks_ms(states[:, context:], table), "async / known": ratio(values, "async", "known"),
-                           "async / sync": ratio(values, "async", "sync"), "same states": same, "speedup_bits": speedup_bits(states, bit_costs(config))})
-    decision = max(0.0, statistics.median(decisions))
-    for row in routed:
-        row["promised / measured"] = ms["bf16"] / (overhead + decision + row.pop("blocks_ms")) / row["measured"]
-    sizes = model.bytes()
-    keys = 4 * L * config.n_kv_head * config.head_dim * (context + tokens // 2)  # bytes of the keys and values that a token reads
-    read = {"bf16": sizes["4"] + keys, "INT8": sizes["2"] + keys, "INT4": sizes["1"] + keys}
-    return {"name": name, "ms": ms, "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
-            "share_of_bandwidth": {k: n / 1e6 / bandwidth / ms[k] for k, n in read.items()}, "bytes": sizes,
-            **{f"bf16 / {other}": ratio(seconds, other, "bf16 head") if other in seconds else None for other in ("gpt-fast", "transformers")},
-            "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4")}, lambda: one_token(
-                lambda f: run(policy, on_token=f))
+            decision = found["latency_ms"]["decision"] = max(0.0, statistics.median(decisions))
+            found["routed"].append({
+                "horizon": horizon, "speedup_target": target, "measured": ratio(values, "full", "async"), "blocks_ms": blocks_ms(states[:, context:], table),
+                "async / known": ratio(values, "async", "known"), "async / sync": ratio(values, "async", "sync"), "same states": same,
+                "speedup_bits": speedup_bits(states, bit_costs(config))})
+            for row in found["routed"]:
+                row["promised / measured"] = ms["bf16"] / (overhead + decision + row["blocks_ms"]) / row["measured"]
+            keep(found)
+    return found, lambda: one_token(lambda f: run(policy, on_token=f))
 
 
 def one_token(run):
@@ -388,11 +392,13 @@ def speed_gpu(args):
                     kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
 
     names = list(SHAPES)[: args.limit]
+    def keep(found):  # minutes of work, whatever comes next
+        shapes[:] = [r for r in shapes if r["name"] != found["name"]] + [found]
+        save()
+
     for name in names:
-        found, trace = speed_of_shape(name, SHAPES[name], device, args.rounds, bandwidth, args.gpt_fast)
-        shapes.append(found)
-        save()  # minutes of work, whatever comes next
-        if len(shapes) == len(names):
+        _, trace = speed_of_shape(name, SHAPES[name], device, args.rounds, bandwidth, args.gpt_fast, keep)
+        if name == names[-1]:
             events += trace()  # at the very end: a process that was profiled stays slower
             save()
         trace = None  # frees the model
@@ -407,12 +413,13 @@ def gpu_table(shapes):
              (("bf16 / gpt-fast", ">= 1.0"), ("bf16 / transformers", ">= 3"), ("INT8 / bf16", ">= 1.8"), ("INT4 / bf16", ">= 3.0"))]
     for n, first in enumerate(shapes[0]["routed"]):
         how = f"horizon {'1' if first['horizon'] == 1 else 'L'}, {first['speedup_target']:g}x asked"
-        of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}"
+        of = lambda key, digits=3, n=n: lambda r: f"{r['routed'][n][key]:.{digits}f}" if n < len(r["routed"]) else "not yet"
         rows += [line(f"routed, async / same states known ahead, {how}", "<= 1.02", of("async / known")),
                  line(f"async / sync, {how}", "< 1", of("async / sync")),
                  line(f"measured speedup, {how}", "", of("measured", 2))]
         if first["horizon"] > 1:  # whose decisions are in the latency table
             rows.append(line(f"promised / measured, {how}", "0.95 to 1.05", of("promised / measured")))
-    rows += [line("the same states, async and sync", "all", lambda r: "yes" if all(x["same states"] for x in r["routed"]) else "no"),
+    same = lambda r: ("yes" if all(x["same states"] for x in r["routed"]) else "no") if r["routed"] else "not yet"
+    rows += [line("the same states, async and sync", "all", same),
              line("weights in all three precisions", "<= 40 GB", lambda r: f"{r['bytes']['all'] / 1e9:.1f} GB")]
     return format_table(["", "goal", *(r["name"] for r in shapes)], rows)

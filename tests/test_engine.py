@@ -1,5 +1,6 @@
 """The GPU engine on the CPU, direct calls for its graphs: the same tokens, states and logits as the eager path, in any legal order."""
 
+import copy
 import functools
 import json
 import random
@@ -361,7 +362,10 @@ def test_speed_of_a_shape_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **how: f)
     (tmp_path / "model.py").write_text(GPT_FAST)
     config = replace(speed.SHAPES["Qwen2.5-7B"], n_layer=4, n_head=4, n_kv_head=2, n_embd=64, head_dim=16, n_hidden=96, vocab_size=320, block_size=512)
-    r, _ = speed.speed_of_shape("tiny", config, "cpu", 1, 10.0, tmp_path, context=100, tokens=40)
+    kept = []
+    r, _ = speed.speed_of_shape("tiny", config, "cpu", 1, 10.0, tmp_path, lambda found: kept.append(copy.deepcopy(found)), context=100, tokens=40)
+    assert [len(found["routed"]) for found in kept] == [0, 1, 2, 3, 4] and kept[-1] == r  # cut off at any time, it has what was measured
+    assert [speed.gpu_table([r, found]).count("not yet") for found in kept] == [16, 11, 7, 3, 0]
     table = speed.gpu_table([r, r])
     assert all(x["same states"] for x in r["routed"]) and len(r["routed"]) == 4 and "horizon 1, 2x asked" in table
     assert all(0 < x[k] < 100 for x in r["routed"] for k in ("async / known", "async / sync", "measured"))
