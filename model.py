@@ -146,6 +146,7 @@ def attend_in_parts(q, k, v, mask):
     highest = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # finite where all of a part is masked
     p = (scores - highest).exp()
     y, total = (p[..., None] * parts(v)).sum(-2), p.sum(-1, keepdim=True)
+    highest, total = highest.expand_as(y), total.expand_as(y)  # or what is said of them below would be a kernel of its own
     share = (highest - highest.amax(-2, keepdim=True)).exp()
     return ((share * y).sum(-2) / (share * total).sum(-2)).to(q.dtype)
 

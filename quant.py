@@ -492,11 +492,11 @@ class RoutedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
         self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
-        self.linear = product  # for state 4; on a GPU perhaps `linear_by_row`
+        self.kernel = "reference"  # of state 4; on a GPU what computes one row
 
     def forward(self, x, state=4):
         if state == 4:
-            return self.linear(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias) if self.kernel == "reference" else linear_by_row(self.kernel, x, self.weight, self.bias)
         y = self.low[state](x)
         return y if self.bias is None else y + self.bias
 
@@ -512,8 +512,7 @@ class RoutedLinear(nn.Module):
         """On a GPU in bf16, what computes one row in state 4, by measurement."""
         if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
             layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
-            chosen = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
-            self.linear = product if chosen == "reference" else functools.partial(linear_by_row, chosen)
+            self.kernel = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
 
     @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):

@@ -292,7 +292,7 @@ def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
     model.quantize(real=True)
     for name, linear in [pair for block in model.blocks for pair in block.linears().items()]:
         int4 = quant.quantize_int4(linear.weight)
-        linear.linear = functools.partial(quant.linear_by_row, "bf16 cublas" if name == "o" else "bf16 compiled")
+        linear.kernel = "bf16 cublas" if name == "o" else "bf16 compiled"
         linear.low = {1: quant.Int4Weight(*int4, torch.float32), 2: quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)}
         linear.low["fill"] = quant.Int4Weight(*(t[-2 * model.blocks[0].kv_size :] for t in int4), torch.float32)
         linear.low[2].kernel = "int8 compiled"
