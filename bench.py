@@ -8,7 +8,7 @@
               by --compare; and whether decoding keeps to its budget; on wikitext2 with --data-dir, else on pydocs;
               results/frontier-TASK.json and .png
     speed     milliseconds per block and state, tokens/s of every path and of the peers installed here, first token, memory,
-              bandwidth; writes results/speed-cpu.json, whose latency table `train.py --cost latency` uses, and a bar chart.
+              bandwidth; writes results/speed-cpu.json or speed-cuda.json, whose latency table `train.py --cost latency` uses, and a bar chart.
               --suite gpu: the CUDA engine on 7B shapes with random weights, against the bandwidth, the same states known ahead,
               transformers, and gpt-fast where --gpt-fast names a checkout; writes results/speed-gpu.json and a picture of one token's timeline
     ablation  the paper's Table 3 and ours: states, K/V modes, forms of a_i, the INT8 head, and the policies given by --compare

@@ -1,7 +1,7 @@
 """Generate text under a routing policy:   python infer.py --prompt "The three laws of" --show-states
 
 Decoding is greedy or sampled, one token at a time through the KV cache. Every token of the prompt and of the answer runs
-each block in the state that the policy chooses (Eq 18-20); on the CPU the weights are bf16 with real INT8 and INT4
+each block in the state that the policy chooses (Eq 18-20); the weights are bf16 with real INT8 and INT4
 kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
 median decoding step after the prompt, for the policy and for the full model in the same run.
 
@@ -84,14 +84,14 @@ def best_into(out, scorer, of_blocks, x, where, mu, costs):
 class Engine:
     """Decodes one sequence: graphs on the device, decisions on a second stream, launches by the host (batch 1).
 
-    Every (block, state) is a CUDA graph of the one `Block.forward`, captured at its first use. All that crosses from one graph to
+    Every (block, state, bucket) is a CUDA graph of the one `Block.forward`, captured at its first use. All that crosses from one graph to
     another, or to the host, is a tensor made here, outside the graphs' pools, at an address that never changes:
 
         token     the id to run, from the host or the graph "head"
         position, rope, where, mask   where it stands, set by the graph "embed"
         x         two rows: block i reads x[i % 2] and writes the other, so a scorer can still read block i's input while block i
                   runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come.
-        mu, best  the price; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
+        mu, best  the price, from the host; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
         logits    from the graph "head"
 
     The scorer's graph for block i + 1 starts on the decision stream when block i starts on the main one (Eq 19-20). The host
@@ -407,7 +407,7 @@ def arguments():
     p.add_argument("--prompt", default="The Python programming language is", help="text to continue")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
     p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup in bits; any for which the policy has a price")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup in what the policy counts, bits or time; any for which it has a price")
     p.add_argument("--full", action="store_true", help="no policy: every block as loaded")
     p.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add to the prompt")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

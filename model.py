@@ -180,7 +180,7 @@ class Block(nn.Module):
         return self.qkv(x, s) if s else F.pad(self.qkv.fill(x), (self.q_size, 0))
 
     def attend(self, q, k, v, mask=None):
-        """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, C).
+        """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, n_head * D).
 
         mask: None, or (B, 1, 1, S): which positions may be attended to (bool), or what to add to their scores (for one token).
         """

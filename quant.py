@@ -239,7 +239,7 @@ class FakeWeight:
 # Real kernels
 
 
-MANY = 24  # rows from which dequantising to bf16 and multiplying beats int8pack (measured, results/NOTES.md)
+MANY = 24  # rows from which a product with the codes in bf16 beats int8pack (measured, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
 

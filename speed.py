@@ -263,7 +263,10 @@ IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode_bytes=lambda ids
 @torch.no_grad()
 def random_model(name, config, device):
     """A bf16 model with random weights, made on the device itself."""
-    check_gpu(config, device)
+    try:
+        check_gpu(config, device)
+    except ValueError as e:
+        raise ValueError(f"--suite gpu: {str(e).split(';')[0]}; use a larger or newer GPU") from None
     with torch.device("meta"):
         model = LLM(config).bfloat16()
     model.to_empty(device=device).requires_grad_(False).eval()
@@ -314,8 +317,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
     try:
         theirs = transformers_model(config, device)
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
-    except ImportError:
-        pass
+    except (ImportError, torch.OutOfMemoryError) as e:
+        print(f"not compared: transformers ({type(e).__name__})")
     if peer:
         contenders["gpt-fast"] = peer
     seconds = alternate(contenders)
@@ -380,11 +383,11 @@ def one_token(run):
 
 def speed_gpu(args):
     if not torch.cuda.is_available():
-        raise ValueError("--suite gpu: PyTorch finds no CUDA device here; run it where there is one")
+        raise ValueError(f"--suite gpu: PyTorch {torch.__version__} finds no CUDA device here; run it where there is one")
     device, shapes, events, path = pick_device("cuda"), [], [], Path(args.results) / "speed-gpu.json"
     bandwidth = read_bandwidth(device)
     caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step (gpt-fast: mean), {args.rounds} alternating rounds; a random policy with "
-               f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, against gpt-fast and transformers in bf16.")
+               f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, and in bf16 where gpt-fast and transformers are compared.")
 
     def save():
         about = SimpleNamespace(name=" and ".join(r["name"] for r in shapes), weights="shapes with random weights", fingerprint=lambda: None)

@@ -34,7 +34,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, public, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, lock_folder, pick_device, save_result, sha256
+from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
 from data import Example, is_choice, load_examples, load_text, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -183,7 +183,7 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
                 shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
     draw(out / "train.json")
-    print(f"\n{markdown}\n\n{caption}\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
+    print(f"\n{markdown}\n\n{caption} On {device_name(model.embed.weight.device)}.\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
 def train_routers(args, device, text, model, tokenizer, read, some):

@@ -396,6 +396,8 @@ def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free * 10**9, 80 * 10**9))
     with pytest.raises(ValueError, match=says):
         check_gpu(speed.SHAPES["LLaMA-2-7B"], "cuda")
+    with pytest.raises(ValueError, match="--suite gpu: .*; use a larger or newer GPU$"):
+        speed.random_model("LLaMA-2-7B", speed.SHAPES["LLaMA-2-7B"], "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
     for config in speed.SHAPES.values():
