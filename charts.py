@@ -25,11 +25,6 @@ def canvas(width, height, columns=1, rows=1):
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
-def source_of(file):
-    """What a picture says that it was drawn from."""
-    return sha256(file)
-
-
 def draw(file):
     """results/NAME.json -> NAME.png beside it, whole or not at all; the path, or None where there is nothing to draw."""
     chart, path, buffer = CHARTS.get(Path(file).stem.split("-")[0]), Path(file).with_suffix(".png"), io.BytesIO()
@@ -37,7 +32,7 @@ def draw(file):
         return None
     with refusing(file, "lacks what its picture shows", "make it again with the command that it names"):
         figure = chart(read_json(file))
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Source": source_of(file)})
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Source": sha256(file)})
     write_whole(path, buffer.getvalue())
     return path
 

@@ -348,14 +348,14 @@ class Int4Weight:
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
         nibbles = lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]
-        layouts = {
-            "int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
-            "int4 compiled": nibbles, "reference": nibbles}
+        layouts = {"int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
+                   "reference": nibbles}
         if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
-            layouts |= {f"int4 aten {t}": lambda t=t: [torch._convert_weight_to_int4pack(pairs, t), interleaved()] for t in TILES}
-            candidates = {name: layout for name, layout in layouts.items() if name in ROW_KERNELS}
+            candidates = {"int4 compiled": nibbles} | {
+                f"int4 aten {t}": lambda t=t: [torch._convert_weight_to_int4pack(pairs, t), interleaved()] for t in TILES}
             self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
+            layouts |= candidates
         self.codes, self.scale_zero = layouts[self.kernel]()
 
     def tensors(self):
@@ -385,7 +385,7 @@ def int8_row(x, codes, scale):
 
 def int4_row(x, packed, scale_zero):
     """As `bf16_row` with codes of `pack_nibbles` and scale_zero (2, N, K / GROUP)."""
-    return bf16_row(x, dequantize_int4(unpack_nibbles(packed, x.shape[1]), *scale_zero.float()))
+    return bf16_row(x, dequantize_int4(unpack_nibbles(packed, x.shape[1]), *scale_zero))
 
 
 TILES = (2, 4, 8)  # of aten's INT4 layout
@@ -469,14 +469,6 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
     return CHOSEN[key]["kernel"]
 
 
-def linear_by_row(kernel, x, weight, bias=None):
-    """F.linear, with one row computed by a kernel of ROW_KERNELS, "bf16 cublas" too: torch.compile would take a call of it apart."""
-    if len(x) > 1:
-        return F.linear(x, weight, bias)
-    y = row_product(kernel, x, [weight], len(weight))
-    return y if bias is None else y + bias
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The layer: one weight, three precisions
 
@@ -495,9 +487,12 @@ class RoutedLinear(nn.Module):
         self.kernel = "reference"  # of state 4; on a GPU what computes one row
 
     def forward(self, x, state=4):
-        if state == 4:
-            return product(x, self.weight, self.bias) if self.kernel == "reference" else linear_by_row(self.kernel, x, self.weight, self.bias)
-        y = self.low[state](x)
+        if state != 4:
+            y = self.low[state](x)
+        elif self.kernel == "reference" or len(x) > 1:
+            return product(x, self.weight, self.bias)
+        else:  # cuBLAS's product by its name too: torch.compile would take a call of it apart
+            y = row_product(self.kernel, x, [self.weight], len(self.weight))
         return y if self.bias is None else y + self.bias
 
     __call__ = forward  # without nn.Module's look for hooks, 120 times a token

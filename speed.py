@@ -384,28 +384,26 @@ def one_token(run):
 def speed_gpu(args):
     if not torch.cuda.is_available():
         raise ValueError(f"--suite gpu: PyTorch {torch.__version__} finds no CUDA device here; run it where there is one")
-    device, shapes, events, path = pick_device("cuda"), [], [], Path(args.results) / "speed-gpu.json"
+    device, shapes, events, path = pick_device("cuda"), {}, [], Path(args.results) / "speed-gpu.json"
     bandwidth = read_bandwidth(device)
     caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step (gpt-fast: mean), {args.rounds} alternating rounds; a random policy with "
-               f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, and in bf16 where gpt-fast and transformers are compared.")
+               f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, and in bf16 where gpt-fast and "
+               "transformers are compared.")
 
-    def save():
-        about = SimpleNamespace(name=" and ".join(r["name"] for r in shapes), weights="shapes with random weights", fingerprint=lambda: None)
-        save_result(path, device, about, args.seed, caption=caption, markdown=gpu_table(shapes), bandwidth_gb_s=bandwidth, shapes=shapes,
-                    kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
+    def keep(found):  # minutes of work, whatever comes next
+        shapes[found["name"]] = found
+        about = SimpleNamespace(name=" and ".join(shapes), weights="shapes with random weights", fingerprint=lambda: None)
+        save_result(path, device, about, args.seed, caption=caption, markdown=gpu_table([*shapes.values()]), bandwidth_gb_s=bandwidth,
+                    shapes=[*shapes.values()], kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
 
     names = list(SHAPES)[: args.limit]
-    def keep(found):  # minutes of work, whatever comes next
-        shapes[:] = [r for r in shapes if r["name"] != found["name"]] + [found]
-        save()
-
     for name in names:
-        _, trace = speed_of_shape(name, SHAPES[name], device, args.rounds, bandwidth, args.gpt_fast, keep)
+        found, trace = speed_of_shape(name, SHAPES[name], device, args.rounds, bandwidth, args.gpt_fast, keep)
         if name == names[-1]:
             events += trace()  # at the very end: a process that was profiled stays slower
-            save()
+            keep(found)
         trace = None  # frees the model
-    print(f"{caption}\n\n{gpu_table(shapes)}\n\nwrote {path} and {draw(path)}")
+    print(f"{caption}\n\n{gpu_table([*shapes.values()])}\n\nwrote {path} and {draw(path)}")
 
 
 def gpu_table(shapes):

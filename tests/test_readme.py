@@ -6,7 +6,7 @@ import re
 import shlex
 
 from bench import PAGES, render
-from charts import source_of
+from common import sha256
 from conftest import ROOT, script
 
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -44,7 +44,7 @@ def test_numbers_between_the_tables_are_those_of_results():
     gpu, gained = shape["latency_ms"], [f"{row['measured']:.2f}x" for row in shape["routed"] if row["horizon"] > 1]
     chosen = result("speed-gpu")["kernels"]
     products = lambda bits: sum(min(v for v in row.values() if isinstance(v, float)) for key, row in chosen.items()
-                                if key in [f"{bits} x {shape}" for shape in ("12288 x 4096", "4096 x 4096", "22016 x 4096", "4096 x 11008")])
+                                if key in [f"{bits} x {size}" for size in ("12288 x 4096", "4096 x 4096", "22016 x 4096", "4096 x 11008")])
     beside = lambda bits, state: 100 - products(bits) / gpu[state] / 10
     *planned, ahead = ({k: 100 * (row[k] - 1) for k in ("async / known", "async / sync")} for row in shape["routed"])
     behind = (100 + ahead["async / known"]) / (1 + ahead["async / sync"] / 100) - 100
@@ -102,7 +102,7 @@ def test_pictures_are_drawn_from_results():
     assert len(shown) > 15
     for name in shown:
         picture = ROOT / "results" / name.removeprefix("results/")
-        assert Image.open(picture).text["Source"] == source_of(picture.with_suffix(".json")), f"{name}: run python bench.py report"
+        assert Image.open(picture).text["Source"] == sha256(picture.with_suffix(".json")), f"{name}: run python bench.py report"
 
 
 def test_pictures_and_pages_exist():
