@@ -371,9 +371,10 @@ class LLM(nn.Module):
         linears = [m for m in self.modules() if isinstance(m, RoutedLinear)]
         head = size(self.head_int8.tensors() if self.head_int8 else [self.head.weight])
         low = {s: size(t for m in linears if s in m.low for t in m.low[s].tensors()) for s in (1, 2, "fill")}
+        besides = size(w.nibbles for m in linears for w in m.low.values() if getattr(w, "nibbles", None) is not None)  # for many rows
         plain = size(self.parameters())
         return {"4": size(m.weight for m in linears) + head, "2": low[2] + head, "1": low[1] + head, "bf16 model": plain,
-                "all": plain + sum(low.values()) + (head if self.head_int8 else 0)}
+                "all": plain + sum(low.values()) + besides + (head if self.head_int8 else 0)}
 
     def fingerprint(self):
         """A short hash of the configuration and of the norms and a sample of every weight, the same in every dtype."""
@@ -433,7 +434,7 @@ def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
     """ValueError when the device is a GPU that cannot run a model of this configuration.
 
     To decode, in bf16: it has no bf16, or no room for the weights in bf16, INT8, INT4 and an INT8 head (`plain`: in bf16, and the head). 7B take
-    24 to 26 GB, and 0.06 to 0.5 MB a token for keys and values. To measure and train, in fp32: no room for the weights in fp32 and the
+    28 to 29 GB, and 0.06 to 0.5 MB a token for keys and values. To measure and train, in fp32: no room for the weights in fp32 and the
     codes of both precisions in a byte each; 7B take 41 to 44 GB, and activations.
     """
     if torch.device(device).type != "cuda":
@@ -445,7 +446,7 @@ def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
         raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
     kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
-    bf16, low = 2 * (linears + head * (2 - c.tied)), 0.5 + 4 / GROUP  # an INT4 weight in bytes, with its share of scale and zero
+    bf16, low = 2 * (linears + head * (2 - c.tied)), 1 + 4 / GROUP  # an INT4 weight in bytes, in two layouts, with its share of scale and zero
     alone = bf16 + head
     need = alone + (0 if plain else linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low)
     if dtype == torch.float32:

@@ -17,8 +17,8 @@ Three things are kept apart on purpose:
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
                `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement. For many
-               rows INT8 multiplies by the codes and scales the output, and INT4 in aten's layouts, which we cannot unpack, takes aten's
-               kernels; every other case dequantises, then multiplies ("reference"). `kernel` says which one a weight uses.
+               rows INT8 multiplies by the codes and scales the output; every other case dequantises, then multiplies
+               ("reference"). `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -80,10 +80,10 @@ def quantize_int4(weight):
 
 
 def dequantize_int4(codes, scale, zero):
-    """codes (N, K) uint8, scale and zero (N, ceil(K / GROUP)) -> (N, K) fp32."""
-    K = codes.shape[1]
-    scale, zero = (t.float().repeat_interleave(GROUP, dim=1)[:, :K] for t in (scale, zero))
-    return (codes.float() - 8) * scale + zero
+    """codes (N, K) uint8, scale and zero (N, ceil(K / GROUP)) -> (N, K) in the dtype of the scale; what is between is computed in fp32."""
+    N, K = codes.shape
+    codes = F.pad(codes, (0, -K % GROUP)).view(N, -1, GROUP).to(scale.dtype) - 8
+    return torch.addcmul(zero[..., None], codes, scale[..., None]).view(N, -1)[:, :K]
 
 
 def clipped_range(w, importance):
@@ -240,6 +240,7 @@ class FakeWeight:
 
 
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack (measured, results/NOTES.md)
+MANY_INT4 = 64  # rows from which dequantising beats aten's INT4 kernel on a GPU (guessed from 0.25 s for 512 rows, 0.002 s for one; not measured)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
 
@@ -338,7 +339,8 @@ class Int4Weight:
 
     kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 compiled" and "int4 aten 2",
     4 or 8 (so many tiles of 16 inputs lie together): the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes
-    "reference", whose layout is that of "int4 compiled".
+    "reference", whose layout is that of "int4 compiled". On a GPU many rows do so too, and aten's layouts, which we cannot unpack, keep the
+    nibbles besides for that.
     """
 
     def __init__(self, codes, scale, zero, dtype):
@@ -357,16 +359,24 @@ class Int4Weight:
             self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
             layouts |= candidates
         self.codes, self.scale_zero = layouts[self.kernel]()
+        self.nibbles = pack_nibbles(codes) if self.kernel.startswith("int4 aten") else None
 
     def tensors(self):
+        """What one row reads."""
         return [self.codes, self.scale_zero]
+
+    def weight(self):
+        """(N, K), dequantised; not for "int4pack"."""
+        if self.nibbles is None:
+            return dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero)
+        return dequantize_int4(unpack_nibbles(self.nibbles, self.width), *self.scale_zero.permute(2, 1, 0).contiguous())
 
     def __call__(self, x):
         if self.kernel == "int4pack":
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
-        if self.kernel.startswith("int4 aten") or self.kernel == "int4 compiled" and len(x) == 1:
+        if self.kernel == "int4 compiled" and len(x) == 1 or self.nibbles is not None and len(x) < MANY_INT4:
             return row_product(self.kernel, x, self.tensors(), self.N)
-        return F.linear(x, dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero).to(x.dtype))
+        return F.linear(x, self.weight())
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -317,6 +317,18 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
         for rows in (1, 5):
             want = x[:rows].float() @ dense.T
             assert (weight(x[:rows]) - want).abs().max() < 0.02 * want.abs().max()
+    # aten's layout, which only it can read, for few rows; nibbles for many
+    int4.kernel, int4.nibbles, int4.codes, int4.scale_zero = "int4 aten 4", int4.codes, None, int4.scale_zero.permute(2, 1, 0).contiguous()
+    monkeypatch.setattr(quant, "row_product", lambda name, x, tensors, N: (name, len(x), tensors[0]))
+    assert int4(x) == ("int4 aten 4", 5, None)
+    x = torch.randn(quant.MANY_INT4, 128).bfloat16()
+    want = x.float() @ dense.T
+    assert (int4(x) - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_a_layer_takes_its_kernel_for_one_row_and_a_product_for_more(monkeypatch):
+    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
+    w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
     full, bias = quant.RoutedLinear(128, 48, bias=True).requires_grad_(False), torch.randn(48).bfloat16()
     full.load_state_dict({"weight": w.bfloat16(), "bias": bias}, assign=True)
     full.kernel = "bf16 compiled"
