@@ -75,9 +75,10 @@ def render(pages, results):
             for page, text in pages.items():
                 if begin in text and end in text:
                     r = read_json(file)
-                    if not {"caption", "model", "weights", "device", "torch", key} <= r.keys():
+                    if not {"caption", "model", "weights", "device", "threads", "torch", "command", key} <= r.keys():
                         raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
-                    made = f"{r['caption']} {r['model']} ({r['weights']}), {r['device']}, torch {r['torch']}.\n\n{r[key]}\n"
+                    where = f"{r['model']} ({r['weights']}), {r['device']}, CPU threads {r['threads']}, torch {r['torch']}"
+                    made = f"{r['caption']} {where}. Made by `{r['command']}`.\n\n{r[key]}\n"
                     pages[page] = text[: text.index(begin) + len(begin)] + made + text[text.index(end) :]
     return pages
 

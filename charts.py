@@ -171,7 +171,7 @@ def frontier(r):
     figure, panels = canvas(14, 5, 2)
     colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
     others, methods = iter("tab:" + c for c in "blue red green purple cyan pink".split()), by(r["rows"][3:], "method")
-    static, drawn = methods["best static plan"], {}
+    static, drawn, int4 = methods["best static plan"], {}, r["rows"][2]
     for method, rows in methods.items():
         family = re.sub(r", seed \d+", "", method)
         label = None if family in drawn else family
@@ -179,7 +179,9 @@ def frontier(r):
             drawn[family] = colors.get(family) or next(others, "black")
         look = {"color": drawn[family], "marker": "o", "markersize": 4, "linestyle": "-" if ", " in family else "--"}
         x, over = [row["speedup"] for row in rows], [quotient(row["each"]["kl"], plan["each"]["kl"]) for row, plan in zip(rows, static)]
-        panels[0].plot(x, [row["kl"] for row in rows], label=label, **look)
+        for beyond in (False, True):  # a line across all INT4 would pass above it, and every method could be there
+            part = [row for row in rows if (row["speedup"] > int4["speedup"]) == beyond]
+            panels[0].plot([row["speedup"] for row in part], [row["kl"] for row in part], label=None if beyond else label, **look)
         if method != "random states":
             panels[1].errorbar(x, [v for v, _ in over], error(*zip(*over)), elinewidth=0.7, capsize=2, **look)
     for row in r["rows"][1:3]:
@@ -233,7 +235,7 @@ def transfer(r):
     tasks = list(next(iter(found.values())))
     best = {b: max(1e-9, min(found[a][b]["kl"] for a in found)) for b in tasks}
     ratio = [[found[a][b]["kl"] / best[b] for b in tasks] for a in found]
-    figure.colorbar(axes.imshow(ratio, cmap="viridis_r", norm="log"), ax=axes)
+    figure.colorbar(axes.imshow(ratio, cmap="viridis_r", norm="log"), ax=axes, label="KL over the least")
     for y, line in enumerate(ratio):
         for x, v in enumerate(line):
             axes.text(x, y, f"{v:.2g}", ha="center", va="center", color="white" if v > 3 else "black")

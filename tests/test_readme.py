@@ -48,6 +48,10 @@ def test_numbers_between_the_tables_are_those_of_results():
     beside = lambda bits, state: 100 - products(bits) / gpu[state] / 10
     *planned, ahead = ({k: 100 * (row[k] - 1) for k in ("async / known", "async / sync")} for row in shape["routed"])
     behind = (100 + ahead["async / known"]) / (1 + ahead["async / sync"] / 100) - 100
+    skips, arc, short = result("ablation"), result("table-arc_challenge")["rows"], result("table-wikitext2")["rows"]
+    added = lambda name: "{:.2f}, {:.2f} and {:.2f}".format(*(r["nats"] - skips["head_nats"]["16 bits"] for r in skips["rows"] if r["name"] == name))
+    at_2x = {r["method"]: r["kl"] for r in arc if r.get("target") == 2.0 and "kl" in r}
+    more = lambda target: 100 * (next(r["value"] for r in short if r["method"] == "dash" and r["target"] == target) / short[0]["value"] - 1)
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
@@ -56,8 +60,13 @@ def test_numbers_between_the_tables_are_those_of_results():
                  f"all INT4 ({int4['speedup']:.2f}x in bits)",
                  "INT8 decodes {:.2f}x and INT4 {:.2f}x as fast as our bf16".format(shape["INT8 / bf16"], shape["INT4 / bf16"]),
                  "come out as {}, {} and {}, the last two by skipping".format(*gained),
-                 "Our bf16 is {:.1f} times as fast as transformers, {:.2f} times as fast as gpt-fast".format(
+                 "Our bf16 is {:.1f} times as fast as transformers' own `generate`, {:.2f} times as fast as gpt-fast".format(
                      shape["bf16 / transformers"], shape["bf16 / gpt-fast"]),
+                 f"skipping alone, with a_i, adds {added('+ scale a_i (norm ratio), K/V filled')} nats at 1.33x, 1.67x and 2x, "
+                 f"naive static skipping {added('naive static skipping')}.",
+                 f"without it the three are {added('dynamic, states 0 and 4, a_i = 1')}",
+                 f"on arc_challenge its KL is {at_2x['dash'] / at_2x['static_mix']:.1f} times that of the static mix",
+                 f"on the first two of these windows, by {more(2.67):.1f}% and {more(3.2):.1f}%.",
                  f"products is {beside(16, '4'):.0f}% of a block's time in bf16 and {beside(4, '1'):.0f}% in INT4",
                  f"([{result('train-gpu')['seconds']} s](results/README.md#on-a-gpu))",
                  f"decisions cost {between([row['async / known'] for row in planned], '.0f')}% of a token",
@@ -72,6 +81,12 @@ def test_numbers_between_the_tables_are_those_of_results():
                  f"INT8 decodes {slow['ratios']['INT8 / bf16']:.1f} and INT4 {slow['ratios']['INT4 / bf16']:.1f} times as fast as bf16",
                  f"a decision takes {slow['latency_ms']['decision']:.0f} ms"):
         assert said in text, said
+
+
+def test_the_sample_is_what_infer_printed():
+    shown = re.search(r"--show-states\n\n((?: {4}.*\n|\n)+)", TEXTS["README.md"])[1].splitlines()
+    printed = (ROOT / "results/infer.txt").read_text(encoding="utf-8").splitlines()
+    assert len(shown) > 10 and all(any(line.startswith(said.strip().removesuffix(" ...")) for line in printed) for said in shown)
 
 
 def test_a_result_without_a_place_is_named(tmp_path):
