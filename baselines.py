@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import format_table
-from data import kl, outcomes
+from data import kl, n_tokens, outcomes
 from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, state_shares, static_plan
 
 
@@ -63,21 +63,38 @@ def uniform(state):
     return lambda known, speedup: Fixed([4] + [state] * (known.L - 1))
 
 
-full, int8, int4 = map(uniform, (4, 2, 1))
+full, int8, int4 = uniform(4), uniform(2), uniform(1)
 
 
 @torch.no_grad()
+def profile(model, tokens):
+    """What the full model does to tokens (N, T) in every block, a dict of fp64 tensors; n = N (T - 1) tokens.
+
+    Of blocks: "similarity" (L, n) cosine of input x and output y; "norm_ratio" (L,) mean |y| / |x|, "least_squares" (L,) sum<x, y> / sum<x, x>
+    (Eq 7); "mean", "std" (L, C) of the RMS-normed x. Of attention and MLP in turn: "sublayers" (2 L, n) the cosine, "ratio" (2 L,) mean |y| / |x|.
+    ValueError where a block gives what is not finite.
+    """
+    ratio = lambda x, y: (y.norm(dim=1) / x.norm(dim=1)).mean()
+    found = []
+    for x, middle, y in tqdm(model.block_by_block(tokens), desc="calibrate", total=len(model.blocks), leave=False):
+        # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
+        x, middle, y = (t.view(*tokens.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, middle, y))
+        if not y.isfinite().all():
+            raise ValueError(f"{model.name}: what its block {len(found) + 1} gives is not finite; the weights are corrupt, download them again")
+        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        found.append({"similarity": F.cosine_similarity(x, y), "norm_ratio": ratio(x, y), "least_squares": (x * y).sum() / (x * x).sum(),
+                      "mean": normed.mean(0), "std": normed.std(0, correction=0).clamp(min=1e-6),
+                      "sublayers": torch.stack([F.cosine_similarity(x, middle), F.cosine_similarity(middle, y)]),
+                      "ratio": torch.stack([ratio(x, middle), ratio(middle, y)])})
+    found = {key: torch.stack([f[key] for f in found]).cpu() for key in found[0]}
+    return found | {key: found[key].flatten(0, 1) for key in ("sublayers", "ratio")}
+
+
 def observe(known, model):
-    """Fill in `similarity`, `sublayers` and `ratio` from the full model on `samples`, the first token of each left out."""
-    later = lambda t: t.view(*known.samples.shape, -1)[:, 1:].flatten(0, 1).float()
-    blocks, halves, ratio = [], [], []
-    for layer in model.block_by_block(known.samples):
-        x, middle, out = map(later, layer)
-        blocks.append(F.cosine_similarity(x, out))
-        for a, b in ((x, middle), (middle, out)):
-            halves.append(F.cosine_similarity(a, b))
-            ratio.append((b.norm(dim=1) / a.norm(dim=1)).mean())
-    known.similarity, known.sublayers, known.ratio = (torch.stack(t).cpu() for t in (blocks, halves, ratio))
+    """Fill in what `profile` finds on `samples`: `similarity`, `sublayers`, `ratio`. Returns all that it finds."""
+    found = profile(model, known.samples)
+    known.similarity, known.sublayers, known.ratio = (found[key].float() for key in ("similarity", "sublayers", "ratio"))
+    return found
 
 
 def skips(known, speedup, fill=0.0):
@@ -153,8 +170,11 @@ class ConfidentExit(Fixed):
 
 def confident_exit(known, speedup):
     skips(known, speedup, float(known.costs[0]))  # out of reach: say so
-    best = known.similarity.cummax(0).values[:-1]  # a token has left block i + 1 when this reaches the threshold at i
-    cost_at = lambda mu: 4 / known.L + mean_cost(torch.where(best >= -mu, 0, 4), known.costs) * (known.L - 1) / known.L
+    highest = known.similarity.cummax(0).values[:-1]  # (L - 1, N): a token skips block i + 1 once this reaches the threshold at i
+
+    def cost_at(leniency):  # of the threshold -leniency: the lower it is, the more tokens leave
+        return (4 + (known.L - 1) * mean_cost(torch.where(highest >= -leniency, 0, 4), known.costs)) / known.L
+
     return ConfidentExit(known.L, -lowest_price(cost_at, 4 / speedup, -1.0, 1.0))
 
 
@@ -262,7 +282,7 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
     The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
     Every run starts at its block, from the full model's hidden states.
     """
-    L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), sum(sum(e.lengths) for e in examples)
+    L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), n_tokens(examples)
     for example in tqdm(examples, desc="sensitivity", leave=False):
         R, T = example.rows.shape
         inputs, rope = [x for x, _, _ in model.block_by_block(example.rows)], model.rope(0, T)

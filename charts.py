@@ -68,9 +68,12 @@ def kl_error(rows):
 def train(r):
     """Training, KL by method, states by block."""
     (figure, (a, b, c)), log, rows = canvas(15, 4, 3), r["log"], r["rows"]
-    x, y, label, title = (("epoch", "loss", "loss of the fit", "fit to Fisher labels") if "epoch" in log[0] else
-                          ("step", "ce", "CE, nats a token", "cross-entropy of the gated model") if "ce" in log[0] else
-                          ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
+    if "epoch" in log[0]:
+        x, y, label, title = "epoch", "loss", "loss of the fit", "fit to Fisher labels"
+    elif "ce" in log[0]:
+        x, y, label, title = "step", "ce", "CE, nats a token", "cross-entropy of the gated model"
+    else:
+        x, y, label, title = "step", "r_acc", "R_acc, nats a token", "reward of the sampled states"
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")

@@ -217,6 +217,10 @@ class Example:
         return torch.arange(self.rows.shape[1], device=self.rows.device) < torch.tensor(self.lengths, device=self.rows.device)[:, None]
 
 
+def n_tokens(examples):
+    return sum(sum(e.lengths) for e in examples)
+
+
 def outcomes(model, hidden, example):
     """What an example predicts, from its last hidden states (R, T, C): log-probabilities (n, k) and the right ones (n,).
 

@@ -16,14 +16,14 @@ import torch
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare, public, sensitivities
+from baselines import bootstrap, compare, profile, public, sensitivities
 from charts import draw
 from common import pick_device, save_result
-from data import load_articles, load_examples, load_text, text_examples, windows
+from data import load_articles, load_examples, load_text, n_tokens, text_examples, windows
 from infer import generate, has_graphs
 from model import load
 from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
-from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, profile, up_to
+from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, up_to
 
 
 SKIPS = ("static_skip", "unified_skip", "early_exit", "confident_exit", "skipdecode", "adaskip", "random_skip")
@@ -102,8 +102,11 @@ def with_kv(policy, kv):
 
 def in_rounds(rounds, contenders):
     """Run every contender once a round, in turn: {name: [value of each round]}."""
-    found = [[f() for f in contenders.values()] for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False)]
-    return dict(zip(contenders, map(list, zip(*found))))
+    values = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc=", ".join(contenders)[:40], leave=False):
+        for name, f in contenders.items():
+            values[name].append(f())
+    return values
 
 
 def ratio(values, a, b):
@@ -111,18 +114,23 @@ def ratio(values, a, b):
     return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
+def prompt_of(tokenizer, row):
+    """A row of ids as a prompt: its text, without the ids that `encode` puts in front of one (BOS)."""
+    ids, front = row.tolist(), [*tokenizer.template[0]]
+    return tokenizer.decode(ids[len(front) :] if ids[: len(front)] == front else ids)
+
+
 def measured_speedup(model, tokenizer, policy, prompt, rounds):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of alternating pairs of runs of 32
     tokens, or of as many as AdaSkip needs to spend most of them after its warm-up."""
-    tokens, tokenizer = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32, copy.copy(tokenizer)
-    tokenizer.eos = ()  # every run makes all its tokens: one that ended at once would time the prompt
+    tokens = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32
     routed = policy
     if callable(policy):  # what it does along a text, all of it on the tokens that are timed
         routed = policy(torch.zeros(1, tokens))
         read = len(tokenizer.encode(prompt, add_special_tokens=True))
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
-    speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager)["tokens_per_second"]
+    speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager, ignore_eos=True)["tokens_per_second"]
     if model.embed.weight.is_cuda:
         speed(routed), speed(None)  # graphs are captured at their first use
     values = in_rounds(rounds, {"routed": lambda: speed(routed), "full": lambda: speed(None)})
@@ -185,9 +193,10 @@ def source(args, task, split):
     return ("pydocs", split, None) if args.file or task == "lm" else (task, split, args.data_dir)
 
 
-def at_hand(args, task, default, path, needed=True):
-    """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, those of --compare], `Known`,
-    test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
+def at_hand(args, task, default, needed=True, path=None):
+    """What a comparison starts from: (fp32 model with the policy's INT4 codes, tokenizer, [policy in `path`, or the task's of --policy, and those
+    of --compare], `Known`, test examples: --limit, all with --full, or the default number). The policy is None if it is not needed and not there."""
+    path = path or policy_path(args, task)
     if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
     choice, device = task not in TEXTS, pick_device(args.device)
@@ -228,7 +237,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
     if task == "cnn_dm":
         rouge()
     path, metric = policy_path(args, task), metric_of(task)
-    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, path, needed=False)
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False, path=path)
     rows, at_cost = [{"method": "full model", "target": 1.0}], {}
     ran = [(rows[0], None)]  # those that there are, with their policies
     if priced and policy and task != "cnn_dm":  # there the price tracks
@@ -244,7 +253,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
             if len(asked) == 1:
                 raise
             rows[-1]["missing"] = str(e)
-    prompt, int4, path = tokenizer.decode(examples[0].rows[0, :32]), model.int4, path if policy else None
+    prompt, int4, path = prompt_of(tokenizer, examples[0].rows[0, :32]), model.int4, path if policy else None
     policies = [policy for _, policy in ran]
     found = compare(model, examples, policies) if task != "cnn_dm" else None
     if timed:
@@ -262,7 +271,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
         if timed:
             row["rounds"] = [1.0] if row["method"].startswith("full") else measured_speedup(model, tokenizer, routed, prompt, args.rounds)
             row["measured"] = statistics.median(row["rounds"])
-    tokens = found[0]["tokens"] if task == "cnn_dm" else sum(sum(e.lengths) for e in examples)
+    tokens = found[0]["tokens"] if task == "cnn_dm" else n_tokens(examples)
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path}
 
 

@@ -22,9 +22,9 @@ import baselines
 import routers
 from baselines import bootstrap, compare, public, spread
 from common import format_table
-from data import load_text, pieces, text_examples, windows
-from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, policy_path, publish, rouge, some_articles, source,
-                      summaries, variant, with_kv)
+from data import load_text, n_tokens, pieces, text_examples, windows
+from evaluate import (METRICS, TASKS, TEXTS, at_hand, folders, metric_of, one_text, prompt_of, publish, rouge, some_articles,
+                      source, summaries, variant, with_kv)
 from infer import generate
 from model import with_blocks
 from policy import bit_costs, mean_cost, most_speedup
@@ -65,7 +65,7 @@ def made(there, *policies):
 def controllers(args):
     """Thresholds are set, as prices are in `frontier`, for the asked number on the text itself: what is compared is the choice alone."""
     task = one_text(args)
-    model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
+    model, _, [policy, *_], known, examples = at_hand(args, task, 2, needed=False)
     there, L, examples = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L, pieces(examples)
     baselines.observe(known, model)
     budgets, fill = sorted({r.settings["skip"] for r in there}), float(known.costs[0])
@@ -87,7 +87,7 @@ def controllers(args):
                             [[m, *(cell(of.get((m, n))) for n in budgets)] for m in dict.fromkeys(m for m, *_ in ways)])
     said = [f"{a} loses {lost(of[a, n], of[b, n])} nats more than {b} at {n} blocks" for a, b in
             (("gate-hidden", "gate-fixed"), ("gate-mlp", "gate-hidden")) for n in budgets if (a, n) in of and (b, n) in of]
-    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). {made(there, policy)} Thresholds and "
+    caption = (f"{task}, test, n = {len(examples)} ({n_tokens(examples)} tokens). {made(there, policy)} Thresholds and "
                "prices are set on this text.") + (f" {'; '.join(said)}." if said else "")
     publish(args, "controllers", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
@@ -95,7 +95,7 @@ def controllers(args):
 @torch.no_grad()
 def kv(args):
     task = one_text(args)
-    model, _, [policy, *_], known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
+    model, _, [policy, *_], known, examples = at_hand(args, task, 2, needed=False)
     there, examples = gates(args, model, "flexidepth"), pieces(examples)
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
@@ -107,7 +107,7 @@ def kv(args):
     markdown = format_table(["nats lost, KL [95% intervals] (speedup in bits)", "filled, in INT4", "none"], [
         [name, *(f"{lost(r, full)}, {spread(r['each']['kl'], form='.3f')} ({r['speedup']:.2f}x)" for r in rows if r["method"] == name)]
         for name in contenders])
-    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens). All tokens run: {full['nats']:.4f} "
+    caption = (f"{task}, test, n = {len(examples)} ({n_tokens(examples)} tokens). All tokens run: {full['nats']:.4f} "
                f"nats. {made(there, policy)} DASH's prices are set on this text, with keys and values filled.")
     publish(args, "kv", model, caption=caption, markdown=markdown, full=full["nats"], n=len(examples), rows=[public(r) for r in rows])
 
@@ -132,10 +132,10 @@ def depth(args):
     task = one_text(args)
     if task not in TEXTS:
         raise ValueError(f"depth --task {task}: its passages are text; give {', '.join(TEXTS)}")
-    model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, policy_path(args, task), needed=False)
+    model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, needed=False)
     text = load_text(*source(args, task, "test"), False)
     passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
-    asked, there = requests([tokenizer.decode(row) for row in passages], args.seed), gates(args, model, "flexidepth")
+    asked, there = requests([prompt_of(tokenizer, row) for row in passages], args.seed), gates(args, model, "flexidepth")
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
         speedups = [s for s in (2.67, 4.0) if s <= most_speedup(known.L, known.costs)]
@@ -209,7 +209,7 @@ def retain(args):
     rows, short, n_of, used = [], {}, {}, []
     for task in tasks:
         default = 2 if task in TEXTS else 12
-        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, policy_path(args, task), needed=False)
+        model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False)
         L, there, used = known.L, gates(args, model, "flexidepth", "mindskip"), [*used, policy]
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
@@ -233,13 +233,19 @@ def retain(args):
         key, statistic = METRICS[metric]
         full = torch.tensor(found[0][2]["each"][key], dtype=torch.float64)
         whole, n_of[task] = statistic(full).item(), len(examples)
-        left = lambda a, b: (b - a).mean(-1).exp() if metric == "perplexity" else (1 + (a - b).mean(-1) / whole).clamp(min=0)
+
+        def share_left(each, full):
+            """Of the full model's score, from paired examples (..., n)."""
+            if metric == "perplexity":
+                return (full - each).mean(-1).exp()  # the full model's perplexity over the method's
+            return (1 + (each - full).mean(-1) / whole).clamp(min=0)
+
         for method, n, r in found:
             each = torch.tensor(r["each"][key], dtype=torch.float64)
             rows.append({"method": method, "skipped": n, "task": task, "value": statistic(each).item(), "speedup": r["speedup"],
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
-                rows[-1] |= {"retained": left(each, full).item(), "interval": bootstrap(left, each, full)}
+                rows[-1] |= {"retained": share_left(each, full).item(), "interval": bootstrap(share_left, each, full)}
     of, cells = {(r["method"], r["skipped"], r["task"]): r for r in rows}, []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
         line, cell = [of.get((method, n, t)) for t in tasks], lambda r: f"{r['value']:.4g}"

@@ -31,8 +31,10 @@ SKIP_SHARE = 0.1  # of a skip label: what every token has of its block's mean
 
 
 class Gates(torch.autograd.Function):
-    """y (n, N) unchanged, but with gates (3, n) = 0, one a token towards each change: y + sum gate * change. Their slopes are the dot
-    products of dL/dy with the changes; a change may cover y's last columns alone; None: no change."""
+    """y + sum_s g_s change_s at g = 0: forward gives y itself, backward dL/dg_s of every token, the dot product of dL/dy with change_s.
+
+    y (n, N); gates g (3, n) for skip, INT4, INT8; changes: three of (n, N), or (n, M) for the last M columns of y alone, or None for no change.
+    """
 
     @staticmethod
     def forward(ctx, y, gates, *changes):
@@ -59,31 +61,27 @@ class Gated:
         return Gates.apply(y, self.gates, None if self.fill_from is None else int4[:, self.fill_from :], int4, int8)
 
 
-def draws(model, hidden, example, generator):
-    """Targets drawn from the model's own distribution, without end: from the last hidden states (R, T, C), detached, yields d log
-    p(targets) / d hidden (R, T, C).
+def drawn_slope(model, hidden, example, generator):
+    """Draw targets from the model's own distribution: the last hidden states (R, T, C), detached -> d log p(targets) / d hidden (R, T, C).
 
-    Text: a token at every position, so the slope is the drawn row of the head minus the expected row, and more draws never touch the
-    head again. Multiple choice: one answer.
+    Text: a token at every position, so the slope is the drawn row of the head minus the expected row. Multiple choice: one answer.
     """
     if example.choices is None:
-        with torch.no_grad():
-            p = model.head(hidden[0]).softmax(-1)
-            expected, p = p @ model.head.weight, p.cumsum(-1)
-        while True:  # through the distribution function: torch.multinomial takes ten times as long
-            u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
-            yield (model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected)[None]
+        p = model.head(hidden[0]).softmax(-1)
+        expected, p = p @ model.head.weight, p.cumsum(-1)
+        # through the distribution function: torch.multinomial takes ten times as long
+        u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
+        return (model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected)[None]
     logp = outcomes(model, hidden.requires_grad_(), example)[0][0]
-    while True:
-        pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
-        yield torch.autograd.grad(logp[pick], hidden, retain_graph=True)[0]
+    pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
+    return torch.autograd.grad(logp[pick], hidden)[0]
 
 
-def fisher_labels(model, example, scale, n_draws, generator, inputs=None):
-    """Half the squared derivative of log p(targets) by every gate, averaged over draws of the targets.
+def fisher_labels(model, example, scale, generator, inputs=None):
+    """Half the squared derivative of log p(targets) by every gate, for one draw of the targets.
 
     Example with N tokens -> (N, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats, each the harm done to all that the example
-    predicts. scale: a_i of every block; generator: of the draws. inputs: a dict that gets every block's input (R, T, C).
+    predicts. scale: a_i of every block; generator: of the draw. inputs: a dict that gets every block's input (R, T, C).
     """
     R, T = example.rows.shape
     L, x, rope = len(model.blocks), model.embed(example.rows).flatten(0, 1), model.rope(0, T)
@@ -101,11 +99,8 @@ def fisher_labels(model, example, scale, n_draws, generator, inputs=None):
         for linear in block.linears().values():
             del linear.low["gate"]
     hidden = model.norm(x).view(R, T, -1)
-    labels, source = 0.0, draws(model, hidden.detach(), example, generator)
-    for _ in range(n_draws):
-        slopes = torch.autograd.grad(hidden, gates[1:], next(source), retain_graph=True)
-        labels = labels + torch.stack(slopes).square() / (2 * n_draws)
-    return labels.permute(2, 0, 1)[example.keep().flatten()]
+    slopes = torch.autograd.grad(hidden, gates[1:], drawn_slope(model, hidden.detach(), example, generator))
+    return (torch.stack(slopes).square() / 2).permute(2, 0, 1)[example.keep().flatten()]
 
 
 def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
@@ -119,7 +114,7 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     parts, saved = [checkpoint.tensors] if done else [], 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
         generator, keep, inputs = torch.Generator().manual_seed(checkpoint.seed * 1000003 + n), examples[n].keep(), {}
-        part = {"labels": fisher_labels(model, examples[n], scale, 1, generator, inputs)}
+        part = {"labels": fisher_labels(model, examples[n], scale, generator, inputs)}
         part |= {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans}
         part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
         parts.append(part)

@@ -10,7 +10,6 @@ host as the states become known, while the scorer runs on a second stream. Promp
 """
 
 import codecs
-import copy
 import functools
 import gc
 import json
@@ -157,7 +156,7 @@ class Engine:
             except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
                 self.plain.add(f)
                 why = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
-                CHOSEN[f.__name__,] = {"kernel": why}
+                CHOSEN[(f.__name__,)] = {"kernel": why}
                 print(f"tokens take longer than they could: {f.__name__} is {why}", file=sys.stderr)
         f(*args)
 
@@ -231,19 +230,18 @@ class Engine:
         if self.asked and len(self.path) == i:
             self.take()
         blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
-        if blocks and blocks[0] < len(self.path):  # `begin` asked
-            blocks = ()
-        if blocks:
+        asks = blocks and blocks[0] >= len(self.path)  # else `begin` has asked
+        before = self.sync or len(self.path) == i  # on the stream of the blocks, or (horizon 0) for block i itself
+        if asks:
             self.ready.record(self.main)  # the input of block i
-        if blocks and (self.sync or len(self.path) == i):
+        if asks and before:
             self.ask(i, blocks)
-            blocks = ()
         if len(self.path) == i:
             self.take()
         s = self.path[i]
         size = bucket_of(self.length) if s else self.size  # a skip reads no keys
         self.graph((i, s, size), self.main, self.run_block, i, s, size)()
-        if blocks:  # the block first: its launch must not wait for the scorer's
+        if asks and not before:  # the block first: its launch must not wait for the scorer's
             self.ask(i, blocks)
 
     def ask(self, i, blocks):
@@ -312,7 +310,7 @@ def engine_for(model, policy, size):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False, eager=False):
+def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False, eager=False, ignore_eos=False):
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`. policy: what
     `LLM.forward` takes, or None for the full model.
 
@@ -361,7 +359,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         before, came = came, time.perf_counter()  # from token to token: a GPU is at the next one before this one is here
         seconds.append(came - before)
         ran.append(states)
-        if token in tokenizer.eos:
+        if token in tokenizer.eos and not ignore_eos:
             break
         new.append(token)
         last = len(new) == most
@@ -435,10 +433,10 @@ def main():
         model.quantize(real=True, int4=policy.int4)
     else:
         model.ready_to_decode()
-    costs, color, endless = bit_costs(model.config), sys.stdout and sys.stdout.isatty(), copy.copy(tokenizer)
-    endless.eos = ()  # a reference that ended at once would time the prompt
+    costs, color = bit_costs(model.config), sys.stdout and sys.stdout.isatty()
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
-    timed = lambda p, tokens: generate(model, endless, args.prompt, p, tokens, **options)["tokens_per_second"]
+    # a reference that ended at once would time the prompt
+    timed = lambda p, tokens: generate(model, tokenizer, args.prompt, p, tokens, ignore_eos=True, **options)["tokens_per_second"]
     if device.type == "cuda":
         for p in dict.fromkeys((policy, None)):  # graphs are captured at their first use, which is not to be timed
             timed(p, args.max_new_tokens)

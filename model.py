@@ -119,8 +119,7 @@ def run(groups, f, x, width):
     """Apply f(rows of x, s) to each group; (n, C) -> (n, width). Rows that no group covers are zero."""
     if groups[0][1] is None:
         return f(x, groups[0][0])
-    covered = sum(len(rows) for _, rows in groups) == len(x)
-    out = (x.new_empty if covered else x.new_zeros)(len(x), width)
+    out = x.new_zeros(len(x), width)
     for s, rows in groups:
         out.index_copy_(0, rows, f(x.index_select(0, rows), s))  # several times faster than out[rows] = f(x[rows])
     return out
@@ -258,7 +257,9 @@ class LLM(nn.Module):
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        self.quantized, self.int4, self.rope_table, self.head_int8, self.engine = False, None, None, None, None
+        self.quantized, self.int4 = False, None  # whether `quantize` was called, and with which codes
+        self.head_int8 = None  # of generation (`ready_to_decode`)
+        self.rope_table = self.engine = None  # made at first use: cos and sin; infer.Engine
 
     @torch.inference_mode(False)
     def quantize(self, real=False, int4=None):
@@ -326,8 +327,11 @@ class LLM(nn.Module):
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
-        # For the ablations of keys and values. holes: some position has none; ran: who runs this block, True or (B, T) bool; source (B * T, C):
-        # for kv "copy" each token's input to the last block that it ran; seen (B, 1, 1, S) bool: what may be attended to, None is all
+        # What a token that skips a block leaves there for later tokens (`kv`, see policy.py):
+        #   fill   keys and values of its own input; nothing to keep track of
+        #   copy   those of `source` (B * T, C), its input to the last block that it ran
+        #   none   nothing: `seen` (B, 1, 1, S) says which positions have any. Such holes stay in the cache, so whoever continues it looks too
+        # ran: who runs this block, (B, T) bool, or True for all
         holes = kv == "none" or (cache is not None and cache.written is not None)
         ran, source, seen = True, None, None
         for i, block in enumerate(self.blocks):

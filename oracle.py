@@ -29,7 +29,7 @@ from tqdm import tqdm
 import baselines
 from baselines import interval, spread
 from common import format_table
-from data import outcomes, pieces, text_examples
+from data import n_tokens, outcomes, pieces, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
                       summary_prompt, variant)
 from infer import generate
@@ -65,7 +65,7 @@ def hidden(args):
     if args.task in (None, "cnn_dm") and args.data_dir and (Path(args.data_dir) / "cnn_dm").is_dir():
         articles = some_articles(args, 3)
         rouge()  # not installed: say so before an hour's work
-    model, tokenizer, _, known, examples = at_hand(args, task, 2, policy_path(args, task), needed=False)
+    model, tokenizer, _, known, examples = at_hand(args, task, 2, needed=False)
     L, examples = known.L, pieces(examples)
     counts = sorted({(L - 2) * k // 8 for k in range(8)})
     found = distances(model, examples, [p for n in counts for p in skipping(known, n)]).view(len(counts), len(WAYS), -1)
@@ -86,7 +86,7 @@ def hidden(args):
         cell = lambda r: f"{spread(r['each']['rougeL'], unit=100, form='.1f')} ({100 / r['speedup']:.0f}%)"
         cells = [[way, *map(cell, line), *[""] * (len(few) - len(line))] for way, line in lines.items()]
         tables.append(format_table(["blocks skipped", *few], cells))
-    caption = (f"{task}, test, n = {len(examples)} ({sum(sum(e.lengths) for e in examples)} tokens): cosine distance of the last hidden "
+    caption = (f"{task}, test, n = {len(examples)} ({n_tokens(examples)} tokens): cosine distance of the last hidden "
                f"state to the full model's [95% interval over sequences]. {below}")
     publish(args, "hidden", model, caption=caption, markdown="\n\n".join([said, *tables]), n=len(examples), kept=kept, closer=closer, surely=surely,
             distance=dict(zip(WAYS, found.transpose(0, 1).tolist())), summaries=rows)
@@ -162,7 +162,7 @@ def oracle(args):
 
 def oracle_on(args, task):
     path, text, generator = policy_path(args, task), task in TEXTS, torch.Generator().manual_seed(args.seed)
-    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if text else 16, path, needed=False)
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if text else 16, needed=False)
     plans = family(known, model, 1 if args.full else max(1, (known.L - 2) // 7))
     examples = examples if task == "cnn_dm" else pieces(examples)
     P, shares = len(plans), torch.tensor([(p > 0).float().mean() for p in plans])
@@ -181,6 +181,8 @@ def oracle_on(args, task):
         what = f"log-likelihood of {examples[0].rows.shape[1]} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
         sequences, unit, form = examples, 1, "+.4f"
         evidence = lambda example: likelihoods(model, example, policies, P, generator)
+    # K policies, the first P of them paths, on n sequences. score, cost (K, n); halves (K, n, 2): the score by either half of the evidence;
+    # lucky (P, n, DRAWS): the paths' scores where only chance tells them apart. pick, by_luck, by_half: the path that the oracle takes
     score, halves, lucky, cost = (torch.stack(t, 1) for t in zip(*map(evidence, tqdm(sequences, desc=task, leave=False))))
     score, halves, lucky = unit * score, unit * halves, unit * lucky
     pick, by_luck, by_half, change = cheapest(score[:P]), cheapest(lucky), cheapest(halves[:P]), score - score[0]

@@ -217,21 +217,18 @@ def walk(best, state):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Policies: what `LLM.forward` takes
+# Policies: what `LLM.forward` takes. Any object with these five members is one:
+#     states  (L, B, T) uint8: the model sets it to 4s at every call, `decide` writes into it
+#     decide(i, x, start)  called before block i with its input x (B, T, C), whose first token has position `start`; writes states[i] or later ones
+#     scale   for each block a_i (Eq 6), or a function of the skipped rows (model.skip), which may have a `gain` for all rows (model.weigh)
+#     kv      where later tokens find keys and values of a token that skips: "fill" (its own input through k_proj and v_proj in INT4),
+#             "copy" (the same from the input of the last block that it ran), "none" (nowhere)
+#     int4    the name of the cached INT4 codes that it goes with, or None
+# With 2 L scales, states are of halves: attention of block 1, its MLP, attention of block 2... What it runs besides is `extra` (bit_costs).
 
 
 class Fixed:
-    """States given beforehand: (L,) the same for every token, or (L, B, T) as recorded from an earlier call.
-
-    Any object with these five members is a policy: `int4`, the name of cached INT4 codes or None (`LLM.quantize`);
-    `states`, which the model sets to a fresh (L, B, T) uint8 tensor of 4s at every call; `scale`, a_i per block;
-    `decide(i, x, start)`, called before block i with its input x (B, T, C), whose first token has position `start`: it
-    writes into `states` for block i or any later one; and `kv`, where later tokens find the keys and values of a token that
-    skips a block: "fill", its input through k_proj and v_proj in INT4; "copy", the same from the input of the last block that the
-    token ran; "none", nowhere. With 2 L scales "block" means sublayer: attention of block 1, its MLP, attention of block 2... In the
-    place of an a_i there may be a function of the skipped rows (model.skip), and it may have a `gain` that weighs all rows (model.weigh).
-    What a policy runs besides, it names as `extra` (`bit_costs`).
-    """
+    """States given beforehand: (L,) the same for every token, or (L, B, T) as recorded from an earlier call."""
 
     def __init__(self, states, scale=None, kv="fill"):
         given = torch.as_tensor(states).cpu()
@@ -325,7 +322,7 @@ class Policy:
     the cost named by settings["cost"] ("bits" or "latency");
     fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
     mu: the price in use, None until `at` sets it, a float, or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the
-    temperature of sampling; tracked: None, or the speedup that the price follows while decoding; kv: see `Fixed`; allowed: the states to choose
+    temperature of sampling; tracked: None, or the speedup that the price follows while decoding; kv: see above; allowed: the states to choose
     from (ablations).
     """
 
@@ -438,6 +435,7 @@ class Policy:
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
             numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
             name = policy.int4 or ""  # of a file in the cache
+            numbers += map(float, policy.settings.get("overhead", (0, 0)))
             if policy.costs.shape != (4,) or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
                 raise ValueError("values out of range")
             targets = [s for s, _ in policy.prices]

@@ -37,7 +37,8 @@ from tqdm import tqdm
 from common import read_safetensors, refusing, write_safetensors
 
 GROUP = 64  # inputs that share one INT4 scale and zero
-DAMPING, CLIPS = 0.01, [0.7 + 0.05 * k for k in range(7)]  # of GPTQ: of the Hessian's diagonal; shares of a group's minimum and maximum
+DAMPING = 0.01  # GPTQ adds this share of the mean of the Hessian's diagonal to the diagonal
+CLIPS = [0.7 + 0.05 * k for k in range(7)]  # GPTQ tries a group's minimum and maximum at each of these shares
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -227,9 +228,6 @@ class FakeWeight:
     @property
     def weight(self):
         return self.make() if self.kept is None else self.kept
-
-    def tensors(self):
-        return [self.weight]
 
     def __call__(self, x):
         return F.linear(x, self.weight)

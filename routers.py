@@ -23,10 +23,12 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
                 training, and is set once more on training text in the end
     start       the static choice: the gates of the most similar blocks closed (`begin`), adapters at zero; FlexiDepth's start at random
     noise       a quarter of Gumbel's, or it would flip every fourth gate of such a start: p(m = 1) = sigmoid((logit - threshold) / NOISE)
-    slope       dL/dm at the m that was drawn, passed straight through, is no estimate of L(1) - L(0): what a skip loses grows like a square,
-                so closed gates see twice of it and open ones nothing, and all would end half open. Skip controllers learn by ReinMax (arXiv
-                2304.08612): the mean of both ends, an end over 2 p(m), so dL/dlogit = dL/dm (1 - p(m)) / 2 up to a factor
-    budget      of that, what is left once what opening all gates alike would do is taken off: only who deserves it more than others opens
+    slope       a gate's m is drawn, 0 or 1; straight through, dL/dm at that end stands for the difference L(1) - L(0). But what a skip loses
+                grows like a square: the slope is near 0 at m = 1 and twice the difference at m = 0. Gates would learn only while closed, and
+                end half open. Skip controllers learn by ReinMax (arXiv 2304.08612): it averages both ends, each over 2 p(m), so dL/dlogit =
+                dL/dm (1 - p(m)) / 2 up to a factor
+    budget      from that is taken what opening all gates together would bring: the threshold sets how many are open, so a gate is to open
+                only where its token deserves it more than others do (`reinmax`)
     KL          has the mean of CE's slope on text of the model's own, and less noise
     skips       are unscaled, and a router does not teach earlier blocks what to show it
     first       skip controllers run the first token of a text in full: all others attend to it, and one block that it skips costs nats
@@ -50,10 +52,14 @@ from data import kl, outcomes
 from policy import Policy
 
 KINDS = ("flexidepth", "mindskip", "gate-hidden", "gate-fixed", "gate-mlp")
-NARROW, WIDTH, OPEN = 16, 128, 1.0  # FlexiDepth's router and adapter against the block; hidden layer of gate-mlp; first bias of a gate
-WINDOW, NOISE = 128, 0.25  # tokens of a step: many small steps beat few large ones; share of Gumbel's noise
+NARROW = 16  # how much narrower FlexiDepth's router and adapter are than the block
+WIDTH = 128  # of gate-mlp's hidden layer
+OPEN = 1.0  # the first bias of a gate
+WINDOW = 128  # tokens of a step: many small steps beat few large ones
+NOISE = 0.25  # the share of Gumbel's noise
 LR, LR_MINDSKIP, LR_BIAS = 1e-3, 2e-4, 0.03  # Adam's rates: routers and adapters; MindSkip's routers; a last bias, how open a gate is
-ALPHA, PACE = 1e-3, 0.1  # FlexiDepth's, as its paper has it; of the threshold, for every gate too few that a step closes
+ALPHA = 1e-3  # FlexiDepth's weight of open gates, as its paper has it
+PACE = 0.1  # how far the threshold rises after a step, for every gate too few that it closed
 
 
 class Gate(nn.Module):
@@ -230,7 +236,7 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             loss, m = kl(full, logp).mean(), torch.stack(policy.on)[:, keep]
             by_m, closed = torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], 1 - m
             by_logit = straight_through(by_m, over) if policy.kind == "mindskip" else reinmax(by_m, over, m)
-            descend((by_logit * over).sum(), optimizer, parameters.values())  # whose slope by a logit is by_logit
+            descend((by_logit * over).sum(), optimizer, parameters.values())  # a loss whose gradient by each logit is by_logit
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}
         policy.threshold += PACE * (skip - line["skipped"])
         log.write(json.dumps(line) + "\n")

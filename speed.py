@@ -46,6 +46,11 @@ def block_times(bf16, int8, int4, skipped, overhead, L):
     return table | {"0": max(1e-6, (skipped - overhead - table["4"] - table["1"]) / (L - 2))}  # noise can take it below nothing
 
 
+def uniform_paths(L):
+    """The policies whose times give the latency table: {name: policy, None for the full model}."""
+    return {"bf16": None, "INT8": Fixed([2] * L), "INT4": Fixed([1] * L), "skipped": Fixed([4] + [0] * (L - 2) + [1])}
+
+
 def transformers_model(c, device):
     """The same network in transformers, bf16, random weights. ImportError without transformers."""
     import transformers
@@ -153,17 +158,17 @@ def speed(args):
     policy.check(model)
     policy.at(2.0)  # out of reach: say so before minutes of timing
     model.quantize(real=True, int4=policy.int4)
-    tokenizer.eos = ()  # every run makes all its tokens
     L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
     if L < 3:
         raise ValueError(f"{args.model} has {L} blocks; to time a skipped one, give a model of at least 3")
     text = load_text("pydocs", "test")
     ids = tokenizer.encode(text)
     prompt, long_prompt = tokenizer.decode(ids[:64]), tokenizer.decode(ids[: min(512, model.config.block_size - 8)])
-    step = lambda policy=None: generate(model, tokenizer, prompt, policy, tokens)["step_s"]
+    run = lambda policy=None, m=model, prompt=prompt, tokens=tokens: generate(m, tokenizer, prompt, policy, tokens, ignore_eos=True)
+    step = lambda policy=None: run(policy)["step_s"]
 
     # Tokens/s of each path and of the peers
-    uniform = {"all bf16": None, "all INT8": Fixed([2] * L), "all INT4": Fixed([1] * L), "all skipped": Fixed([4] + [0] * (L - 2) + [1])}
+    uniform = {f"all {name}": path for name, path in uniform_paths(L).items()}
     theirs = peers(model, tokenizer.encode(prompt), tokens, threads, device) if args.model == "smollm2" else {}
     seconds = in_rounds(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
     per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
@@ -177,17 +182,18 @@ def speed(args):
 
     alone = lambda: statistics.median(repeat(no_blocks, number=1, repeat=50))
     half = with_blocks(model, model.blocks[: L // 2])
-    graphs = lambda: beside_blocks(step(), generate(half, tokenizer, prompt, None, tokens)["step_s"], L)
+    graphs = lambda: beside_blocks(step(), run(m=half)["step_s"], L)
     overhead = statistics.median((graphs if device.type == "cuda" else alone)() for _ in range(args.rounds)) * 1000
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     table = block_times(*(total[name] for name in uniform), overhead, L)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
     routed, decisions, own = [], [], policy.horizon
-    for horizon, target in [(own, 1.33), (own, 1.67), (own, 2.0), *[(1, 2.0)] * (own != 1)]:
+    one_ahead = [(1, 2.0)] if own != 1 else []
+    for horizon, target in [(own, 1.33), (own, 1.67), (own, 2.0), *one_ahead]:
         policy.horizon = horizon
         policy.at(target, track=True)  # as infer.py decodes
-        out = generate(model, tokenizer, prompt, policy, tokens)
+        out = run(policy)
         known = Fixed(out["states"][:, None], policy.scale)
         values = in_rounds(args.rounds, {"routed": lambda: step(policy), "known": lambda: step(known), "full": step})
         of_steps = out["states"][:, out["prompt_tokens"] :]
@@ -203,7 +209,7 @@ def speed(args):
     policy.horizon = own
 
     # First token of a long prompt
-    first = lambda p: generate(model, tokenizer, long_prompt, p, 1)["first_token_s"]
+    first = lambda p: run(p, prompt=long_prompt, tokens=1)["first_token_s"]
     policy.at(1.67)
     values = in_rounds(args.rounds, {"routed": lambda: first(policy), "full": lambda: first(None)})
     sizes = model.bytes()
@@ -312,8 +318,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
             f()  # captures its graphs
         return in_rounds(rounds, contenders)
 
-    contenders = {"bf16": step, "bf16 head": lambda: step(None, plain), "half the blocks": lambda: step(None, half),
-                  "INT8": lambda: step(Fixed([2] * L)), "INT4": lambda: step(Fixed([1] * L)), "skipped": lambda: step(Fixed([4] + [0] * (L - 2) + [1]))}
+    contenders = {name: lambda path=path: step(path) for name, path in uniform_paths(L).items()}
+    contenders |= {"bf16 head": lambda: step(None, plain), "half the blocks": lambda: step(None, half)}
     try:
         theirs = transformers_model(config, device)
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)

@@ -12,13 +12,13 @@ from tqdm import tqdm
 import baselines
 from baselines import compare, interval, public, quotient, sensitivities, spread
 from common import by, format_table, read_json
-from data import load_examples, load_text, text_examples, windows
+from data import load_examples, load_text, n_tokens, text_examples, windows
 from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy, rouge,
                       source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
 from quant import fake_quantize
-from train import LONG, profile
+from train import LONG
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def frontier(args):
     task = one_text(args)
     if task not in TEXTS:
         raise ValueError(f"frontier --task {task}: it measures text; give {', '.join(TEXTS)}")
-    model, tokenizer, policies, known, examples = at_hand(args, task, 3, policy_path(args, task))
+    model, tokenizer, policies, known, examples = at_hand(args, task, 3)
     policy, device, size = policies[0], known.samples.device, min(LONG, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")
@@ -127,7 +127,7 @@ def frontier(args):
         ways += [(p.name, speedup, p) for p in those]
     rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
-    tokens = sum(sum(e.lengths) for e in examples)
+    tokens = n_tokens(examples)
     markdown, whole = frontier_tables(rows)
     met = lambda k, way: f"{k[way]:.3f}x, {100 * (k[way] / k['asked'] - 1):+.1f}%"
     decoding = format_table(["decoding up to 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
@@ -194,10 +194,9 @@ def budget(args, policy, task, speedups):
 def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
     task = one_text(args)
-    model, tokenizer, policies, known, examples = at_hand(args, task, 2 if task in TEXTS else TASKS.get(task, 16), policy_path(args, task))
-    policy, forms, choice = policies[0], profile(model, known.samples), examples[0].choices is not None
+    model, tokenizer, policies, known, examples = at_hand(args, task, 2 if task in TEXTS else TASKS.get(task, 16))
+    policy, forms, choice = policies[0], baselines.observe(known, model), examples[0].choices is not None
     scales = {"none, a_i = 1": [1.0] * known.L, "least squares": forms["least_squares"].tolist(), "norm ratio": forms["norm_ratio"].tolist()}
-    baselines.observe(known, model)
     of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
     table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
              "dynamic, states 0 and 4, a_i = 1": of(allowed=(0, 4), scale=scales["none, a_i = 1"]),
@@ -239,7 +238,7 @@ def figures(args):
     task = args.task or "arc_easy"
     if task in TEXTS:
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
-    model, tokenizer, policies, known, items = at_hand(args, task, 60, policy_path(args, task))
+    model, tokenizer, policies, known, items = at_hand(args, task, 60)
     baselines.observe(known, model)
     text = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)
@@ -327,7 +326,7 @@ def transfer(args):
                          f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
     found, sizes, codes = {trained: {} for trained in there}, {}, {}
     for tested in tasks:
-        model, _, _, _, examples = at_hand(args, tested, TASKS[tested], next(iter(there.values())))
+        model, _, _, _, examples = at_hand(args, tested, TASKS[tested], path=next(iter(there.values())))
         sizes[tested] = len(examples)
         for trained, file in tqdm(there.items(), desc=tested):
             policy = read_policy(file, model, True)

@@ -186,8 +186,11 @@ class Tokenizer:
 
 def steps_of(part):
     """A part of a tokenizer.json -> its steps, a list of dicts with "type"; it is one step, a sequence of them, or null."""
-    names = ("normalizers", "pretokenizers", "processors", "decoders")
-    return [part[n] for n in names if n in part][0] if part and part["type"] == "Sequence" else [part] if part else []
+    if not part:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [part[name] for name in ("normalizers", "pretokenizers", "processors", "decoders") if name in part][0]
 
 
 def pattern_of(steps, merges, whole, where):

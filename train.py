@@ -1,6 +1,7 @@
 """Train a routing policy for a real LLM and show what it does:   python train.py
 
     1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation that the scorer standardises by, over all blocks' inputs
+                   (baselines.profile)
     2  round       INT4 codes by GPTQ, block after block; cached beside the model and used again by the next run (quant.py)
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default; fisher.py)
@@ -26,16 +27,15 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import fisher
 import reinforce
 import routers
-from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, public, without
+from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, without
 from charts import draw
 from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
-from data import Example, is_choice, load_examples, load_text, text_examples, windows
+from data import Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
                     state_shares, static_plan)
@@ -48,39 +48,17 @@ LONG = 1024  # tokens of a window with Fisher labels
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 1 Calibrate
-
-
-@torch.no_grad()
-def profile(model, tokens):
-    """Every block's input x and output y over tokens (N, T): the two forms of a_i, and what the scorer's inputs are standardised by.
-
-    Returns a dict of (L,) fp64 tensors: "least_squares" sum<x,y>/sum<x,x> and "norm_ratio" mean |y|/|x| (Eq 7), and (L, C): "mean",
-    "std" of the RMS-normed x. ValueError where a block gives what is not finite.
-    """
-    found = []
-    for x, _, y in tqdm(model.block_by_block(tokens), desc="calibrate", total=len(model.blocks), leave=False):
-        # ours: without the first token, whose norm is a thousand times the others' and would decide a_i alone
-        x, y = (t.view(*tokens.shape, -1)[:, 1:].flatten(0, 1).double() for t in (x, y))
-        if not y.isfinite().all():
-            raise ValueError(f"{model.name}: what its block {len(found) + 1} gives is not finite; the weights are corrupt, download them again")
-        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-        found.append({"least_squares": (x * y).sum() / (x * x).sum(), "norm_ratio": (y.norm(dim=1) / x.norm(dim=1)).mean(),
-                      "mean": normed.mean(0), "std": normed.std(0, correction=0).clamp(min=1e-6)})
-    return {key: torch.stack([f[key] for f in found]).cpu() for key in found[0]}
-
-
-# ----------------------------------------------------------------------------------------------------------
 # 4 Prices
 
 
 @torch.no_grad()
 def calibrate_prices(policy, model, examples, targets, goals):
-    """The price for every target speedup: sets policy.prices to [(speedup, mu)]; goals are the mean costs wanted.
+    """Find the price of every target speedup: sets policy.prices to [(speedup, mu)]. goals: the mean cost of a block that each asks for.
 
-    With q of the full model's hidden states the cost at any mu is a look-up, so mu is found by bisection. That is exact where
-    the whole path is planned after the first block, which runs in full. With a shorter horizon earlier states change what the
-    scorer sees: then all targets run at once on a few short examples, and what that adds to the cost is taken off the goal.
+    1. Open loop: q, computed once from the full model's hidden states (`look_at`), gives the states and so the mean cost at any mu without
+       running the model (`cost_at`); mu is found by bisection. Exact where the whole path is planned after the first block, which runs in full.
+    2. Closed loop, for shorter horizons, where the scorer sees what earlier choices have changed: all targets run once on a few short
+       examples at the prices of step 1. What they cost more than step 1 foresaw is taken off their goals, and the bisection is repeated.
     """
     L, device = len(policy.scale), examples[0].rows.device
     plans = {i: blocks for i in range(L) if (blocks := plan(i, L, policy.horizon))}
@@ -104,6 +82,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
 
     looks, steps = look_at(examples), policy.costs.sort().values.diff()
     gap = float(steps[steps > 1e-6].min())  # on a clock a skip can cost what INT4 does
+    # beyond this price no choice changes: the widest range of q over the smallest step of cost
     span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / gap
     price = lambda goal: lowest_price(lambda mu: cost_at(mu, looks), goal, -span, span)
     mus = [price(goal) for goal in goals]
@@ -176,7 +155,7 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     choice = is_choice(args.data)
     markdown = comparison_table(names, rows, choice)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    tokens, seconds = sum(sum(e.lengths) for e in test), round(time.time() - BEGAN)
+    tokens, seconds = n_tokens(test), round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
     states, L = rows[1]["raw"], model.config.n_layer
     save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
@@ -199,11 +178,11 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
                 "seed": args.seed, "fingerprint": policy.fingerprint, "text": digest(text)}
     policy.settings = settings
+    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
     observe(known, model)
     routers.begin(policy.to(device), known, args.skip)
-    checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     with checkpoint.log(out / "train.jsonl") as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
     routers.calibrate(policy, model, some(2), args.skip)  # late tokens skip more
@@ -313,7 +292,7 @@ def main():
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
     rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
-    how = f"INT4 by GPTQ, objective {args.objective} on {sum(sum(e.lengths) for e in examples)} tokens, horizon {horizon}"
+    how = f"INT4 by GPTQ, objective {args.objective} on {n_tokens(examples)} tokens, horizon {horizon}"
     if args.cost == "latency":
         promised = (4 * L + overhead[0]) / (L * mean_cost(rows[1]["raw"], costs) + overhead[1])
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"

@@ -1,9 +1,11 @@
 """Shared models: the real one, fetched once, and tiny random ones in Hugging Face layout for everything that need not be real."""
 
+import atexit
 import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +89,7 @@ def some_text(tmp_path_factory):
 
 
 CACHE = tempfile.mkdtemp(prefix="dash-test-cache-")  # for what tiny models cache; the real model stays in the user's
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 # Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
