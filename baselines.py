@@ -179,7 +179,8 @@ def confident_exit(known, speedup):
 
 
 def skipdecode(known, speedup):
-    mean, most = skips(known, speedup), known.L - 2
+    mean = skips(known, speedup)
+    most = known.L - 2
     first, last = max(0.0, 2 * mean - most), min(2 * mean, most)  # skipped at the first and the last position
 
     def draw(tokens):
@@ -204,7 +205,8 @@ class AdaSkip(Fixed):
     def decide(self, i, x, start):
         super().decide(i, x, start)
         if start == 0 or x.shape[1] > 1:  # a prompt
-            self.decoded, self.found = 0, torch.zeros(len(self.scale))
+            self.decoded = 0
+            self.found = torch.zeros(len(self.scale))
             return
         self.decoded += i == 0
         if self.decoded <= self.WARMUP:
@@ -216,13 +218,15 @@ class AdaSkip(Fixed):
 
 
 def adaskip(known, speedup):
-    states, similarity = torch.full((2 * known.L,), 4), known.sublayers.mean(1)
+    states = torch.full((2 * known.L,), 4)
+    similarity = known.sublayers.mean(1)
     policy = AdaSkip(states, known.ratio.tolist(), 1.0)
     costs = bit_costs(known.config, policy)
     for i in similarity.argsort(descending=True).tolist():
         if mean_cost(policy.given, costs) <= 4 / to_two_digits(speedup):
             return policy
-        policy.given[i], policy.threshold = 0, float(similarity[i])
+        policy.given[i] = 0
+        policy.threshold = float(similarity[i])
     raise ValueError(f"speedup {speedup:g} is out of reach by skipping")
 
 
@@ -270,7 +274,8 @@ def static_candidates(known, alone, measure, targets):
         damage = score[:, None] / score[1:].mean() * typical
         damage[:, 0] = alone[:, 0]  # whether a block can be skipped does not follow from how it bears rounding
         tables.append(damage)
-    path, costs = greedy_path(known, measure, max(targets)), free_skips(known.costs)
+    path = greedy_path(known, measure, max(targets))
+    costs = free_skips(known.costs)
     within = lambda speedup: next(states for states in path if mean_cost(states, costs) <= 4 / speedup + 1e-6)
     return [lambda speedup, d=damage: static_plan(d, costs, 4 / speedup)[1] for damage in tables] + [within]
 
@@ -282,10 +287,13 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
     The first block is not decided, the last is not skipped: their entries stay 0 where nothing is to be measured.
     Every run starts at its block, from the full model's hidden states.
     """
-    L, damage, tokens = len(model.blocks), torch.zeros(len(model.blocks), 4), n_tokens(examples)
+    L = len(model.blocks)
+    damage = torch.zeros(len(model.blocks), 4)
+    tokens = n_tokens(examples)
     for example in tqdm(examples, desc="sensitivity", leave=False):
         R, T = example.rows.shape
-        inputs, rope = [x for x, _, _ in model.block_by_block(example.rows)], model.rope(0, T)
+        inputs = [x for x, _, _ in model.block_by_block(example.rows)]
+        rope = model.rope(0, T)
 
         def predict(i, state):  # block i alone in this state
             x = inputs[i]
@@ -312,7 +320,10 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
     lower: the moves, state -> next state. A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
     """
-    states, current, queue, costs = torch.full((known.L,), 4, dtype=torch.uint8), 0.0, [], free_skips(known.costs)
+    states = torch.full((known.L,), 4, dtype=torch.uint8)
+    current = 0.0
+    queue = []
+    costs = free_skips(known.costs)
 
     def push(i):
         to = lower.get(int(states[i]))
@@ -322,7 +333,8 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
     for i in range(1, known.L):
         push(i)
     path = [states.clone()]
-    cost, bar = dict(zip(STATES.tolist(), costs.tolist())), tqdm(desc="greedy static plan, plans measured", leave=False)
+    cost = dict(zip(STATES.tolist(), costs.tolist()))
+    bar = tqdm(desc="greedy static plan, plans measured", leave=False)
     while queue and mean_cost(states, costs) > 4 / speedup + 1e-6:
         _, i, to, when, found = heapq.heappop(queue)
         if when != len(path):  # priced before the last move: measure again

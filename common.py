@@ -130,7 +130,11 @@ class Checkpoint:
     """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
 
     def __init__(self, path, settings, seed, resume):
-        self.path, self.settings, self.seed, self.tensors, self.meta = Path(path), dict(settings), seed, {}, {"step": 0}
+        self.path = Path(path)
+        self.settings = dict(settings)
+        self.seed = seed
+        self.tensors = {}
+        self.meta = {"step": 0}
         if resume and self.path.exists():
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:

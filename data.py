@@ -93,7 +93,8 @@ def pydocs(split):
     """CPython's language reference, "train" or "test" -> str; no paragraph twice, in neither or both."""
     from pydoc_data.topics import topics
 
-    seen, parts = set(), {"train": [], "test": []}
+    seen = set()
+    parts = {"train": [], "test": []}
     size = {"train": 0, "test": 0}
     for name in sorted(topics):
         side = "test" if 4 * size["test"] < size["train"] else "train"
@@ -262,7 +263,8 @@ def item_examples(tokenizer, items, longest, device):
     out = []
     for item in items:
         context, choices = question(item)
-        start, rows, spans = len(tokenizer.encode(context, add_special_tokens=True)), [], []
+        start = len(tokenizer.encode(context, add_special_tokens=True))
+        rows, spans = [], []
         for choice in choices:
             ids = tokenizer.encode(context + choice, add_special_tokens=True)
             if len(ids) <= start:  # a sum over nothing would be the likeliest of all

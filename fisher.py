@@ -84,7 +84,9 @@ def fisher_labels(model, example, scale, generator, inputs=None):
     predicts. scale: a_i of every block; generator: of the draw. inputs: a dict that gets every block's input (R, T, C).
     """
     R, T = example.rows.shape
-    L, x, rope = len(model.blocks), model.embed(example.rows).flatten(0, 1), model.rope(0, T)
+    L = len(model.blocks)
+    x = model.embed(example.rows).flatten(0, 1)
+    rope = model.rope(0, T)
     gates = [torch.zeros(3, R * T, device=x.device, requires_grad=True) for _ in range(L)]
     for i, (block, gate) in enumerate(zip(model.blocks, gates)):
         if inputs is not None:
@@ -108,19 +110,24 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
 
     Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
     """
-    L, device = len(model.blocks), examples[0].rows.device
+    L = len(model.blocks)
+    device = examples[0].rows.device
     plans = [i for i in range(L) if plan(i, L, horizon)]
     done = checkpoint.meta["step"]
-    parts, saved = [checkpoint.tensors] if done else [], 0
+    parts = [checkpoint.tensors] if done else []
+    saved = 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
-        generator, keep, inputs = torch.Generator().manual_seed(checkpoint.seed * 1000003 + n), examples[n].keep(), {}
+        generator = torch.Generator().manual_seed(checkpoint.seed * 1000003 + n)
+        keep = examples[n].keep()
+        inputs = {}
         part = {"labels": fisher_labels(model, examples[n], scale, generator, inputs)}
         part |= {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans}
         part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
         parts.append(part)
         saved += len(part["labels"])
         if saved >= 4096 or n + 1 == len(examples):
-            parts, saved = [{k: torch.cat([p[k].to(device) for p in parts]) for k in part}], 0
+            parts = [{k: torch.cat([p[k].to(device) for p in parts]) for k in part}]
+            saved = 0
             checkpoint.write(n + 1, parts[0])
     found = {k: t.to(device) for k, t in parts[0].items()}
     return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"]
@@ -137,15 +144,19 @@ def fit(scorer, labels, inputs, horizon, seed, epochs=8):
     root of the mean. The scorer, trained in place, starts at the means: its bias is set to their logarithm. Returns the means (L - 1, 3),
     nats, and a list of {epoch, loss}.
     """
-    L, N = len(scorer.bias), len(labels)
+    L = len(scorer.bias)
+    N = len(labels)
     mean = labels.mean(0).clamp(min=1e-12)  # (L - 1, 3)
-    y, weight = (labels / mean).clamp(max=50), mean.sqrt() / mean.sqrt().sum()
+    y = (labels / mean).clamp(max=50)
+    weight = mean.sqrt() / mean.sqrt().sum()
     weight[-1, 0] = 0.0  # the last block is never skipped
     with torch.no_grad():
         scorer.bias[1:, :, :3] = mean.log()[:, None]
-    batch, lr = 64, 1e-3
+    batch = 64
+    lr = 1e-3
     optimizer = torch.optim.AdamW(scorer.parameters(), lr)
-    generator, steps = torch.Generator().manual_seed(seed), epochs * (N // batch or 1)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * (N // batch or 1)
     torch.manual_seed(seed)  # dropout
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     scorer.train()
@@ -177,7 +188,8 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
     # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
     # mean. For items all of it.
-    skip, share = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device), 1.0 if few[0].choices else SKIP_SHARE
+    skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
+    share = 1.0 if few[0].choices else SKIP_SHARE
     labels[..., 0] = share * skip + (1 - share) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())

@@ -106,22 +106,29 @@ class Engine:
     def __init__(self, model, size):
         c, weight = model.config, model.embed.weight
         device, cuda = weight.device, weight.is_cuda
-        self.model, self.L, self.backend = model, c.n_layer, torch.cuda if cuda else torch.cpu
+        self.model = model
+        self.L = c.n_layer
+        self.backend = torch.cuda if cuda else torch.cpu
         self.main, self.side = self.backend.Stream(), self.backend.Stream(priority=-1)  # what blocks wait for goes first
         self.ready, self.answered, self.done = (self.backend.Event() for _ in range(3))
         self.pools = [torch.cuda.graph_pool_handle() for _ in range(2)] if cuda else None
-        self.size, self.graphs = bucket_of(size), {}
+        self.size = bucket_of(size)
+        self.graphs = {}
         self.cache = KVCache(model, 1, self.size)
         new = lambda *shape, dtype=weight.dtype: torch.zeros(shape, dtype=dtype, device=device)
         pinned = lambda t: torch.zeros(t.shape, dtype=t.dtype, pin_memory=cuda)
         self.token, self.position = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
         self.scale = new(self.L, 4, dtype=torch.float32)
-        self.x, self.rope = [new(1, c.n_embd), new(1, c.n_embd)], [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
+        self.x = [new(1, c.n_embd), new(1, c.n_embd)]
+        self.rope = [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
         self.where = new(1, 2, dtype=torch.float32)
         reach = min(self.size, c.block_size)
         self.tables = [*model.rope(0, reach), Scorer.positions(0, reach, device)]
-        self.slots, self.mask = torch.arange(self.size, device=device), new(1, 1, 1, self.size)
-        self.mu, self.costs, self.best = new(1, dtype=torch.float32), new(4, dtype=torch.float32), new(self.L, 4, dtype=torch.int64)
+        self.slots = torch.arange(self.size, device=device)
+        self.mask = new(1, 1, 1, self.size)
+        self.mu = new(1, dtype=torch.float32)
+        self.costs = new(4, dtype=torch.float32)
+        self.best = new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
         self.compiled = functools.cache(compiled) if cuda else None
@@ -194,7 +201,11 @@ class Engine:
 
     def start(self, policy, length, sync=False):
         """Go on after a prompt of `length` tokens, which the current stream put into `cache`."""
-        self.policy, self.length, self.sync, self.begun, self.asked, self.price = policy, length, sync, False, None, None
+        self.policy = policy
+        self.length = length
+        self.sync = sync
+        self.begun = False
+        self.asked = self.price = None
         self.wait()
         self.position.fill_(length - 1)
         self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
@@ -246,7 +257,8 @@ class Engine:
 
     def ask(self, i, blocks):
         """Start the scorer on the input of block i, to decide `blocks`."""
-        scorer, self.asked = self.policy.scorer, blocks
+        scorer = self.policy.scorer
+        self.asked = blocks
         score = self.graph((scorer, i, self.policy.horizon), self.side, self.run_scorer, scorer, i, blocks)
         stream = self.main if self.sync else self.side
         stream.wait_event(self.ready)
@@ -277,7 +289,8 @@ class Engine:
                 self.begin()
             for i in range(1 if self.routed else self.L, self.L):  # those that `begin` did not launch
                 self.block(i)
-            states, self.begun = torch.tensor(self.path, dtype=torch.uint8)[:, None], False
+            states = torch.tensor(self.path, dtype=torch.uint8)[:, None]
+            self.begun = False
             self.head()
             if sample:
                 return sample(self.logits), states
@@ -329,7 +342,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         raise ValueError(f"the prompt has {len(ids)} tokens, this model's context is {model.config.block_size}; shorten the prompt")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
-    device, L = model.embed.weight.device, model.config.n_layer
+    device = model.embed.weight.device
+    L = model.config.n_layer
     generator = torch.Generator().manual_seed(seed)
     most = min(max_new_tokens, room)
     engine = None if eager else engine_for(model, policy, len(ids) + most)
@@ -339,7 +353,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     cache = engine.cache if engine else KVCache(model, 1, len(ids) + most)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ran, new, seconds = [], [], []
-    token, came = None, time.perf_counter()
+    token = None
+    came = time.perf_counter()
 
     def sample(logits):
         return int(torch.multinomial(((logits - logits.max()) / max(temperature, 1e-30)).softmax(-1).cpu(), 1, generator=generator))
@@ -433,7 +448,8 @@ def main():
         model.quantize(real=True, int4=policy.int4)
     else:
         model.ready_to_decode()
-    costs, color = bit_costs(model.config), sys.stdout and sys.stdout.isatty()
+    costs = bit_costs(model.config)
+    color = sys.stdout and sys.stdout.isatty()
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
     # a reference that ended at once would time the prompt
     timed = lambda p, tokens: generate(model, tokenizer, args.prompt, p, tokens, ignore_eos=True, **options)["tokens_per_second"]
@@ -452,7 +468,8 @@ def main():
         show_states(tokenizer, out, costs, color)
     # a GPU is kept waiting by what is printed, so it is timed in silence; on a CPU `generate` leaves that out
     speed = timed(policy, args.max_new_tokens) if device.type == "cuda" else out["tokens_per_second"]
-    speed_full, bits = speed if args.full else timed(None, min(32, args.max_new_tokens)), speedup_bits(out["states"], costs)
+    speed_full = speed if args.full else timed(None, min(32, args.max_new_tokens))
+    bits = speedup_bits(out["states"], costs)
     times = speed / speed_full if out["states"].shape[1] > out["prompt_tokens"] else None  # of steps after the prompt
     print(f"\n{len(out['tokens'])} tokens at {speed:.1f} tokens/s; mean cost {4 / bits:.2f} of 4 a block, {bits:.2f}x in bits; "
           + (f"measured {times:.2f}x over --full ({speed_full:.1f} tokens/s)" if times else "too few to measure a speedup"))

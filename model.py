@@ -87,7 +87,8 @@ class KVCache:
         # side by side, so that a GPU stores both at once
         self.kv = torch.zeros(c.n_layer, batch, size, 2 * c.n_kv_head, c.head_dim, dtype=weight.dtype, device=weight.device)
         self.k, self.v = self.kv.chunk(2, dim=3)
-        self.length, self.written = 0, None
+        self.length = 0
+        self.written = None
 
     def mark(self, i, T, ran):
         """Note which of T new positions write keys and values in block i: ran True or (B, T) bool -> all that are written, (B, S)."""
@@ -201,7 +202,8 @@ class Block(nn.Module):
 
     def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
         """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
-        c, executed = self.c, [group for group in groups if group[0]]
+        c = self.c
+        executed = [group for group in groups if group[0]]
         if not executed and (cache is None or seen is not None):  # no keys and values, or nobody who may ask for them
             return skip(scale, x)
         h = self.norm1(x if source is None else source)
@@ -276,11 +278,14 @@ class LLM(nn.Module):
         for i, block in enumerate(self.blocks):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
-        self.quantized, self.int4, self.engine = True, int4, None  # infer.Engine captured graphs over the old weights
+        self.quantized = True
+        self.int4 = int4
+        self.engine = None  # infer.Engine captured graphs over the old weights
 
     def ready_to_decode(self):
         """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, each layer's faster product of one row."""
-        self.head_int8, self.engine = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype), None  # its graph has the old head
+        self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
+        self.engine = None  # its graph has the old head
         for block in self.blocks:
             for linear in block.linears().values():
                 linear.choose_row()
@@ -312,7 +317,8 @@ class LLM(nn.Module):
         their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth.
         """
         B, T = tokens.shape
-        start, context = cache.length if cache else 0, self.config.block_size
+        start = cache.length if cache else 0
+        context = self.config.block_size
         if start + T > context:
             raise ValueError(f"{start + T} tokens are more than this model's context of {context}")
         if cache and start + T > cache.k.shape[2]:
@@ -325,7 +331,10 @@ class LLM(nn.Module):
             if policy.int4 not in (None, self.int4):
                 raise ValueError(f"this policy goes with the INT4 codes {policy.int4}: call quantize(int4=policy.int4), with real=True to decode")
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
-        x, rope, groups, scale = self.embed(tokens).view(B * T, -1), self.rope(start, T), [(4, None)], 1.0
+        x = self.embed(tokens).view(B * T, -1)
+        rope = self.rope(start, T)
+        groups = [(4, None)]
+        scale = 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
         # What a token that skips a block leaves there for later tokens (`kv`, see policy.py):
         #   fill   keys and values of its own input; nothing to keep track of
@@ -333,7 +342,8 @@ class LLM(nn.Module):
         #   none   nothing: `seen` (B, 1, 1, S) says which positions have any. Such holes stay in the cache, so whoever continues it looks too
         # ran: who runs this block, (B, T) bool, or True for all
         holes = kv == "none" or (cache is not None and cache.written is not None)
-        ran, source, seen = True, None, None
+        ran = True
+        source = seen = None
         for i, block in enumerate(self.blocks):
             row = i * rows
             if policy is not None:
@@ -358,7 +368,9 @@ class LLM(nn.Module):
     def block_by_block(self, tokens):
         """The full model on tokens (B, T), block after block: yields each one's input, what its attention makes of it, and its output,
         (B * T, C) each."""
-        x, rope, every = self.embed(tokens).flatten(0, 1), self.rope(0, tokens.shape[1]), [(4, None)]
+        x = self.embed(tokens).flatten(0, 1)
+        rope = self.rope(0, tokens.shape[1])
+        every = [(4, None)]
         for block in self.blocks:
             middle = block.attention_half(x, len(tokens), every, 1.0, rope)
             y = block.mlp_half(middle, every)
@@ -394,7 +406,8 @@ def with_blocks(model, blocks):
     """The model with other blocks; all else is shared."""
     other = copy.copy(model)
     other._modules = dict(model._modules) | {"blocks": nn.ModuleList(blocks)}
-    other.config, other.engine = replace(model.config, n_layer=len(blocks)), None
+    other.config = replace(model.config, n_layer=len(blocks))
+    other.engine = None
     return other
 
 
@@ -430,7 +443,8 @@ def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
     model.load_state_dict(weights, assign=True)
     if config.tied:
         model.head.weight = model.embed.weight
-    model.name, model.weights = str(name), source
+    model.name = str(name)
+    model.weights = source
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -445,16 +459,20 @@ def check_gpu(c, device, dtype=torch.bfloat16, plain=False):
         return
     gc.collect()  # a model that nobody needs any more, and what PyTorch keeps of its memory, are room too
     torch.cuda.empty_cache()
-    name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    free, total = torch.cuda.mem_get_info(device)
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(f"{name} has no bf16, which decoding needs; use a GPU of compute capability 8.0 or newer, or --device cpu")
-    kv, head = c.n_kv_head * c.head_dim, c.vocab_size * c.n_embd
+    kv = c.n_kv_head * c.head_dim
+    head = c.vocab_size * c.n_embd
     linears = c.n_layer * c.n_embd * (2 * c.n_head * c.head_dim + 2 * kv + 3 * c.n_hidden)
-    bf16, low = 2 * (linears + head * (2 - c.tied)), 1 + 4 / GROUP  # an INT4 weight in bytes, in two layouts, with its share of scale and zero
+    bf16 = 2 * (linears + head * (2 - c.tied))
+    low = 1 + 4 / GROUP  # an INT4 weight in bytes, in two layouts, with its share of scale and zero
     alone = bf16 + head
     need = alone + (0 if plain else linears * (1 + low) + c.n_layer * 2 * kv * c.n_embd * low)
     if dtype == torch.float32:
-        need, plain = 2 * bf16 + (2 + 8 / GROUP) * linears, True
+        need = 2 * bf16 + (2 + 8 / GROUP) * linears
+        plain = True
     if need > free:
         other = f"in bf16 alone (--full) they take {alone / 1e9:.1f} GB; " if alone < free and not plain else ""
         raise ValueError(f"{need / 1e9:.1f} GB of weights are more than {name} has free ({free / 1e9:.1f} of {total / 1e9:.1f} GB); {other}"
@@ -473,5 +491,7 @@ def load_trained(path, device, dtype, routed):
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    model.base, model.name, model.weights = getattr(model, "base", meta["base"]), str(path), f"{model.weights}, trained further"
+    model.base = getattr(model, "base", meta["base"])
+    model.name = str(path)
+    model.weights = f"{model.weights}, trained further"
     return model, tokenizer

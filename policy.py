@@ -209,7 +209,8 @@ def plan(i, n_layer, horizon):
 
 def walk(best, state):
     """Follow a path from a state: best, for each block the best s' for every s (indices) -> the states, a list."""
-    s, path = INDEX_OF[state], []
+    s = INDEX_OF[state]
+    path = []
     for row in best:
         s = row[s]
         path.append(STATE_OF[s])
@@ -234,7 +235,9 @@ class Fixed:
         given = torch.as_tensor(states).cpu()
         if not torch.isin(given.double(), STATES.double()).all():
             raise ValueError("states are 0, 1, 2 and 4")
-        self.given, self.int4, self.kv = given.to(torch.uint8), None, kv
+        self.given = given.to(torch.uint8)
+        self.int4 = None
+        self.kv = kv
         self.scale = [1.0] * len(self.given) if scale is None else scale
         self.states = None
 
@@ -255,7 +258,8 @@ def random_states(shape, cost, costs, generator):
 
     shape (L, B, T); first block state 4. A cost below that of INT4 mixes skips with INT4. Returns (L, B, T) uint8.
     """
-    L, values = shape[0], costs.tolist()
+    L = shape[0]
+    values = costs.tolist()
     rest = (cost * L - 4) / (L - 1)
     if rest < values[1]:  # skips, but not of the last block
         rest = (cost * L - 4 - values[1]) / max(L - 2, 1)
@@ -281,7 +285,9 @@ def static_plan(damage, costs, target):
     damage and costs (L, 4) and (4,), over STATES. `argmin damage + mu cost` for the lowest price that keeps within the target,
     then what is left of the budget goes to the blocks where it saves most.
     """
-    L, damage, costs = len(damage), damage.clone(), costs.cpu()
+    L = len(damage)
+    damage = damage.clone()
+    costs = costs.cpu()
     damage[0, :3], damage[-1, 0] = math.inf, math.inf  # the first block runs in state 4, the last is never skipped
     price = lowest_price(lambda mu: float(costs[(damage + mu * costs).argmin(-1)].sum()), target * L)
     pick = (damage + price * costs).argmin(-1)
@@ -329,10 +335,17 @@ class Policy:
     PATIENCE = 32  # tokens over which the price pays back what was overspent
 
     def __init__(self, scorer, scale, costs, fingerprint, prices=(), horizon=1, settings=None):
-        self.scorer, self.scale, self.costs, self.fingerprint = scorer, scale, costs, fingerprint
-        self.prices, self.horizon, self.settings = [tuple(p) for p in prices], horizon, settings or {}
-        self.mu, self.tau, self.generator, self.states, self.tracked = None, None, None, None, None
-        self.int4, self.kv, self.allowed = self.settings.get("int4"), "fill", (0, 1, 2, 4)
+        self.scorer = scorer
+        self.scale = scale
+        self.costs = costs
+        self.fingerprint = fingerprint
+        self.prices = [tuple(p) for p in prices]
+        self.horizon = horizon
+        self.settings = settings or {}
+        self.mu = self.tau = self.generator = self.states = self.tracked = None
+        self.int4 = self.settings.get("int4")
+        self.kv = "fill"
+        self.allowed = (0, 1, 2, 4)
 
     def at(self, speedup, track=False):
         """Use the price for this speedup and return self. ValueError when no price was calibrated for it.
@@ -343,7 +356,9 @@ class Policy:
         if not targets or not targets[0] <= speedup <= targets[-1]:
             reach = f"{targets[0]:g} to {targets[-1]:g}" if targets else "nothing"
             raise ValueError(f"speedup {speedup:g} is out of reach: this policy was calibrated for {reach}")
-        self.mu, self.tracked, self.owed = self.price(speedup), speedup if track else None, 0.0
+        self.mu = self.price(speedup)
+        self.tracked = speedup if track else None
+        self.owed = 0.0
         self.cost_of = dict(zip(STATE_OF, self.costs.tolist()))
         return self
 
@@ -363,7 +378,8 @@ class Policy:
 
         An integral controller over the calibrated prices: a bias of the text is paid back within about `PATIENCE` tokens.
         """
-        L, overhead = len(self.scale), self.settings.get("overhead", (0.0, 0.0))
+        L = len(self.scale)
+        overhead = self.settings.get("overhead", (0.0, 0.0))
         goal = goal_cost(self.tracked, L, overhead)
         self.owed += sum(self.cost_of[s] for s in path) / len(path) - goal  # `mean_cost`, in Python numbers: one token has to be quick
         aim = max(goal - self.owed / self.PATIENCE, 0.01)
@@ -402,7 +418,8 @@ class Policy:
         best = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)  # (B, T, g, 4)
         if before.numel() == 1:  # decoding: the look-ups cost less as Python numbers than as tensor operations
             return torch.tensor(walk(best[0, 0].tolist(), int(before)), dtype=torch.uint8, device=table.device).view(-1, 1, 1)
-        s, chosen = INDEX.to(table.device)[before.long()], []
+        s = INDEX.to(table.device)[before.long()]
+        chosen = []
         for n in range(table.shape[2]):
             s = best[:, :, n].gather(2, s[..., None])[..., 0]
             chosen.append(s)

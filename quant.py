@@ -111,7 +111,8 @@ def gptq_int4(weight, hessian):
     weight (N, K), hessian (K, K) fp32, the sum of x x^T over calibration inputs -> codes, scale, zero as `quantize_int4`.
     Scale and zero are chosen by `clipped_range` when their group is reached; inputs keep their order.
     """
-    w, K = weight.detach().float().clone(), weight.shape[1]
+    w = weight.detach().float().clone()
+    K = weight.shape[1]
     diagonal = hessian.diagonal().clone()
     h = hessian.double()
     h.diagonal().add_(DAMPING * diagonal.double().mean().clamp(min=1e-12))
@@ -156,7 +157,8 @@ def choose_codes(model, tokens, codes, keep):
     Sequential: each block's inputs come from the quantised blocks before it; the first block, which always runs in state 4,
     passes on the output of state 4. `keep(codes)` is called every few blocks.
     """
-    x, rope = model.embed(tokens).flatten(0, 1), model.rope(0, tokens.shape[1])
+    x = model.embed(tokens).flatten(0, 1)
+    rope = model.rope(0, tokens.shape[1])
     for i, block in enumerate(tqdm(model.blocks, desc="round to INT4")):
         for name, linear in block.linears().items():
             linear.low["round"] = Rounding(linear, codes.get(f"{i}.{name}"))
@@ -294,10 +296,14 @@ class Int8Weight:
 
     def __init__(self, codes, scale, dtype):
         self.N, self.K = codes.shape
-        self.kernel, self.codes, self.scale = "reference", codes, scale.to(dtype)
+        self.kernel = "reference"
+        self.codes = codes
+        self.scale = scale.to(dtype)
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
         if on_cpu and AVX2 and codes.numel() >= LARGE:
-            self.kernel, self.codes, self.scale = "int8 bag", bag_table(codes), scale.float()
+            self.kernel = "int8 bag"
+            self.codes = bag_table(codes)
+            self.scale = scale.float()
         elif on_cpu and self.K % 16 == 0:
             self.kernel = "int8pack"
         if codes.is_cuda and dtype == torch.bfloat16:
@@ -435,7 +441,8 @@ def gpu_microseconds(name, x, tensors, N):
     """Microseconds of one product, the weights not in the GPU's cache: a captured run over copies of them, 256 MB or 512 copies."""
     copies = [tensors] + [[t.clone() for t in tensors] for _ in range(min(511, 2**28 // sum(t.nbytes for t in tensors) + 1))]
     row_product(name, x, copies[-1], N)  # should a copy compile anew: that is not allowed in a capture
-    graph, (began, ended) = torch.cuda.CUDAGraph(), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph = torch.cuda.CUDAGraph()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # a capture that fails leaves its stream the current one; `stream` puts ours back
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for copy in copies:
@@ -459,7 +466,8 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
     """
     if key not in CHOSEN:
         x = torch.randn(1, key[2], device=device).bfloat16()
-        want, found, times = reference(x.float()), {}, {}
+        want = reference(x.float())
+        found, times = {}, {}
         for name, layout in layouts.items():
             try:
                 tensors = layout()

@@ -38,7 +38,8 @@ class Rollout(Policy):
 
     def log_pi(self):
         """log pi(s_i) of every decision of the last call, blocks 2..L: (L - 1, B, T), differentiable."""
-        index, L = INDEX.to(self.states.device)[self.states.long()], len(self.scale)
+        index = INDEX.to(self.states.device)[self.states.long()]
+        L = len(self.scale)
         q = torch.cat([self.priced(self.scorer(features, plan(i, L, self.horizon))) for i, features in self.seen.items()], 2)
         logp = (q / self.tau).log_softmax(-1).flatten(-2)  # (B, T, L - 1, 16): s, then s'
         chosen = (4 * index[:-1] + index[1:]).permute(1, 2, 0)[..., None]
@@ -57,7 +58,8 @@ def reward_of(model, example, policy):
     those tokens. Text: log p_routed - log p_full of the token that follows, nats; the last token has none. Multiple choice: +-1 for
     all tokens.
     """
-    R, keep = len(example.rows), example.keep()
+    R = len(example.rows)
+    keep = example.keep()
     with torch.no_grad():
         logp, right = outcomes(model, model.hidden(example.rows), example)
         hidden = model.hidden(example.rows.repeat(ROLLOUTS, 1), policy).unflatten(0, (ROLLOUTS, R))
@@ -80,9 +82,11 @@ def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cos
     generator = torch.Generator().manual_seed(checkpoint.seed)
     optimizer = torch.optim.Adam(policy.scorer.parameters(), LR)
     parameters = dict(policy.scorer.named_parameters())
-    policy.mu, policy.generator = checkpoint.meta.get("mu", policy.mu), generator
+    policy.mu = checkpoint.meta.get("mu", policy.mu)
+    policy.generator = generator
     for step, bar in checkpoint.steps("policy gradient", steps, 5, parameters, optimizer, generator, lambda: {"mu": policy.mu}):
-        policy.tau, losses, gained, costs = unit * temperature(step, steps), [], [], []
+        policy.tau = unit * temperature(step, steps)
+        losses, gained, costs = [], [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
             r_acc, states, of_tokens = reward_of(model, examples[n], policy)
@@ -136,7 +140,8 @@ class Straight:
     the gradient passes straight through the rounding (Bengio et al. 2013) to the weight."""
 
     def __init__(self, linear, low):
-        self.linear, self.error = linear, low.weight - linear.weight.detach()[-len(low.weight) :]  # "fill" has k and v alone, the last rows
+        self.linear = linear
+        self.error = low.weight - linear.weight.detach()[-len(low.weight) :]  # "fill" has k and v alone, the last rows
 
     def __call__(self, x):
         return F.linear(x, self.linear.weight[-len(self.error) :] + self.error)
@@ -149,7 +154,8 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
     for linear in linears.values():
         linear.low = {s: Straight(linear, low) for s, low in linear.low.items()}
     weights = {name: linear.weight.requires_grad_() for name, linear in linears.items()}
-    optimizer, generator = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0), torch.Generator().manual_seed(checkpoint.seed)
+    optimizer = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(checkpoint.seed)
     for _, bar in checkpoint.steps("train the base", steps, 10, weights, optimizer, generator):
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)

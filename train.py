@@ -60,7 +60,8 @@ def calibrate_prices(policy, model, examples, targets, goals):
     2. Closed loop, for shorter horizons, where the scorer sees what earlier choices have changed: all targets run once on a few short
        examples at the prices of step 1. What they cost more than step 1 foresaw is taken off their goals, and the bisection is repeated.
     """
-    L, device = len(policy.scale), examples[0].rows.device
+    L = len(policy.scale)
+    device = examples[0].rows.device
     plans = {i: blocks for i in range(L) if (blocks := plan(i, L, policy.horizon))}
     policy.tracked = None  # or every text would start at the old price
 
@@ -75,12 +76,14 @@ def calibrate_prices(policy, model, examples, targets, goals):
         return {blocks: torch.cat(each, 1) for blocks, each in looks.items()}
 
     def cost_at(mu, looks):
-        policy.mu, states = mu, torch.full((L, 1, next(iter(looks.values())).shape[1]), 4, dtype=torch.uint8, device=device)
+        policy.mu = mu
+        states = torch.full((L, 1, next(iter(looks.values())).shape[1]), 4, dtype=torch.uint8, device=device)
         for blocks, q in looks.items():
             states[blocks[0] : blocks[-1] + 1] = policy.choose(q, states[blocks[0] - 1])
         return mean_cost(states, policy.costs)
 
-    looks, steps = look_at(examples), policy.costs.sort().values.diff()
+    looks = look_at(examples)
+    steps = policy.costs.sort().values.diff()
     gap = float(steps[steps > 1e-6].min())  # on a clock a skip can cost what INT4 does
     # beyond this price no choice changes: the widest range of q over the smallest step of cost
     span = max(float(q.max() - q.masked_fill(q.isinf(), 0).min()) for q in looks.values()) / gap
@@ -88,7 +91,8 @@ def calibrate_prices(policy, model, examples, targets, goals):
     mus = [price(goal) for goal in goals]
     if policy.horizon < L:
         few = [Example(e.rows[:, :WINDOW], [min(n, WINDOW) for n in e.lengths]) for e in examples[:4]]
-        few_looks, ran = look_at(few), [[] for _ in targets]
+        few_looks = look_at(few)
+        ran = [[] for _ in targets]
         for example in tqdm(few, desc="prices, closed loop", leave=False):
             R = len(example.rows)
             policy.mu = torch.tensor(mus).repeat_interleave(R).to(device)
@@ -97,7 +101,8 @@ def calibrate_prices(policy, model, examples, targets, goals):
                 ran[n].append(states[:, example.keep()])
         added = [mean_cost(torch.cat(states, 1), policy.costs) - cost_at(mu, few_looks) for states, mu in zip(ran, mus)]
         mus = [price(goal - more) for goal, more in zip(goals, added)]
-    policy.prices, policy.mu = list(zip(targets, sorted(mus))), None  # a higher speedup never has a lower price
+    policy.prices = list(zip(targets, sorted(mus)))  # a higher speedup never has a lower price
+    policy.mu = None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -155,9 +160,11 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     choice = is_choice(args.data)
     markdown = comparison_table(names, rows, choice)
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    tokens, seconds = n_tokens(test), round(time.time() - BEGAN)
+    tokens = n_tokens(test)
+    seconds = round(time.time() - BEGAN)
     caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
-    states, L = rows[1]["raw"], model.config.n_layer
+    states = rows[1]["raw"]
+    L = model.config.n_layer
     save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
                 shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
@@ -173,7 +180,8 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     policy = routers.Router(args.objective, c.n_layer, c.n_embd, c.n_hidden, model.fingerprint())
     if args.skip is None or not 0 < args.skip < len(policy.routed):
         raise ValueError(f"--objective {args.objective} needs --skip, 1 to {len(policy.routed) - 1} of this model's {c.n_layer} blocks")
-    examples, test = read("train", 10**6, routers.WINDOW), read("test", 200 if is_choice(args.data) else 4, LONG)
+    examples = read("train", 10**6, routers.WINDOW)
+    test = read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
     settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
                 "seed": args.seed, "fingerprint": policy.fingerprint, "text": digest(text)}
@@ -205,7 +213,9 @@ def main():
     if start:
         start.check(model)
         start.at(args.speedup)  # which the gradient starts from
-    bits, L, context = bit_costs(model.config), model.config.n_layer, model.config.block_size
+    bits = bit_costs(model.config)
+    L = model.config.n_layer
+    context = model.config.block_size
     choice = is_choice(args.data)
     read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
                                                 device, spread=True)
@@ -255,7 +265,8 @@ def main():
     scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0).to(device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
-    log_path, tables = out / "train.jsonl", {}
+    log_path = out / "train.jsonl"
+    tables = {}
     if args.objective == "fisher":
         damage, table = fisher.learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path)
         tables = {"position_damage": table.tolist()}  # what a plan by block and position goes by

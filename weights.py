@@ -90,7 +90,8 @@ def config_from_hf(c, where):
         if not isinstance(part, dict) or any(isinstance(v, (dict, list)) for v in part.values()):
             refuse(f"{name} = {part!r}")
         rope |= part
-    scaling, factors = {rope.get("rope_type"), rope.get("type")} - {None, "default"}, None
+    scaling = {rope.get("rope_type"), rope.get("type")} - {None, "default"}
+    factors = None
     if scaling - {"llama3"} or rope["partial_rotary_factor"] not in (None, 1):
         refuse(f"RoPE scaling {rope!r} (llama3 is)")
     if scaling:
