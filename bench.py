@@ -127,7 +127,7 @@ def main():
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--gpt-fast", metavar="DIR", help="speed --suite gpu: a checkout of gpt-fast (32971d3) to compare with; its model.py is run")
     p.add_argument("--results", default="results", help="folder to write into")
-    p.add_argument("--json", action="store_true", help="eval: print one JSON object on the last line")
+    p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     args = p.parse_args()
     if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:
         raise ValueError("--limit, --rounds and --steps must be at least 1")
@@ -136,7 +136,7 @@ def main():
     if args.task and args.command in ("speed", "transfer", "report"):
         raise ValueError(f"--task {args.task}: {args.command} takes none")
     if args.file:
-        args.task = args.task or ("mc" if args.file.endswith(".jsonl") else "lm")
+        args.task = args.task or ("mc" if args.file.lower().endswith(".jsonl") else "lm")
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):
             raise ValueError(f"--file {args.file}: {args.command} reads a file for --task lm or mc only")
     if args.command not in ("eval", "report"):

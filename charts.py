@@ -7,6 +7,7 @@ A picture carries the hash of the file that it shows, so that a test can tell wh
 
 import io
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend at the righ
 
 def canvas(width, height, columns=1, rows=1):
     """An empty figure, so many inches wide and high, and its panels from left to right and down: (Figure, array of Axes)."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own, inherited, may not be there, and matplotlib would stop at it
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -135,7 +135,9 @@ class Checkpoint:
         self.seed = seed
         self.tensors = {}
         self.meta = {"step": 0}
-        if resume and self.path.exists():
+        if resume and not self.path.exists():
+            print(f"--resume: {path} is not there, so this starts anew", file=sys.stderr)
+        elif resume:
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:
                 was = self.meta.get("settings", {})
@@ -147,7 +149,10 @@ class Checkpoint:
 
     def log(self, path):
         """The log of this run, open, without the lines that a killed run wrote after its checkpoint."""
-        kept = path.read_text().splitlines()[: self.meta["step"]] if self.meta["step"] else []
+        kept = []
+        if self.meta["step"]:
+            with refusing(path, "does not go with its checkpoint", "start anew without --resume"):
+                kept = path.read_text(encoding="utf-8").splitlines()[: self.meta["step"]]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         return open(path, "a", buffering=1)  # a line is out as soon as it is written
 
@@ -235,12 +240,21 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=seed, default=0, help="of all that is drawn at random")
         self.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():  # as a script passes what it did not set
+            if name != "prompt" and "" in (value if isinstance(value, list) else [value]):
+                self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
+        return args
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def command_line(main):
     """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
+    if sys.stderr is None:  # closed; progress bars want one
+        sys.stderr = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
@@ -254,6 +268,8 @@ def command_line(main):
         why = " ".join(str(e).split())
         if getattr(e, "errno", None) == errno.ENOSPC and not e.filename:
             why += "; free some space where the output goes"
+        elif getattr(e, "filename", None):  # raised by the system, not by us
+            why = f"{e.filename}: {e.strerror}; give another path, or make this one usable"
     except torch.OutOfMemoryError:
         why = (f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
                "--samples, a shorter --prompt, or --device cpu")

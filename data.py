@@ -112,7 +112,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def is_choice(name, choice=None):
     """Whether a task or a file holds items; `choice` decides it if it is given."""
-    return name in CHOICE_TASKS or str(name).endswith(".jsonl") if choice is None else choice
+    return name in CHOICE_TASKS or str(name).lower().endswith(".jsonl") if choice is None else choice
 
 
 def load_text(name, split, data_dir=None, choice=None):

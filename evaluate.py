@@ -8,6 +8,7 @@
 """
 
 import copy
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 import baselines
 from baselines import bootstrap, compare, profile, public, sensitivities
 from charts import draw
-from common import pick_device, save_result
+from common import pick_device, read_json, save_result
 from data import load_articles, load_examples, load_text, n_tokens, text_examples, windows
 from infer import generate, has_graphs
 from model import load
@@ -48,7 +49,10 @@ def read_policy(path, model, needed):
     if not policy.prices:
         raise ValueError(f"{path} has no prices; train it with train.py")
     if needed:
-        policy.check(model)
+        try:
+            policy.check(model)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
     return policy if policy.fingerprint == model.fingerprint() else None
 
 
@@ -281,6 +285,8 @@ def publish(args, name, model, **content):
     save_result(path, model.embed.weight.device, model, args.seed, **content)
     picture = draw(path)
     print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {picture.name}' if picture else ''}\n", flush=True)
+    if args.json:
+        print(json.dumps(read_json(path)), flush=True)
 
 
 def name_of(policy):

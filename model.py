@@ -271,7 +271,7 @@ class LLM(nn.Module):
         FileNotFoundError or ValueError when they are not there. With real kernels `logits` uses an INT8 head: reading
         16-bit weights of the head would cost a tenth of a token.
         """
-        codes = {} if int4 is None else read_codes(self.codes_file(int4), self.embed.weight.device)
+        codes = {} if int4 is None else read_codes(self.codes_file(int4), self)
         self.head_int8 = None
         if real:
             self.ready_to_decode()  # first: of a large model it needs gigabytes for a moment

@@ -452,8 +452,11 @@ class Policy:
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
             numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
             name = policy.int4 or ""  # of a file in the cache
-            numbers += map(float, policy.settings.get("overhead", (0, 0)))
-            if policy.costs.shape != (4,) or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
+            numbers += torch.tensor(policy.settings.get("overhead", (0.0, 0.0))).view(2).tolist()
+            for name, shape in (("damage", (L, 4)), ("position_damage", (-1, L, 4))):
+                table = torch.tensor(policy.settings.get(name, [[[0.0] * 4] * L])).float().view(shape)
+                numbers.append(table.sum().item())
+            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
                 raise ValueError("values out of range")
             targets = [s for s, _ in policy.prices]
             if targets != sorted(set(targets)):

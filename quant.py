@@ -190,19 +190,29 @@ def cache_codes(model, tokens):
         write_safetensors(path, tensors)
 
     some = path.with_suffix(".some")
-    codes = read_codes(some, tokens.device) if some.exists() else {}
+    codes = read_codes(some, model, whole=False) if some.exists() else {}
     choose_codes(model, tokens, codes, keep=lambda codes: write(some, codes))
     write(path, codes)
     some.unlink(missing_ok=True)
 
 
-def read_codes(path, device):
-    """Cached INT4 codes -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the path and the remedy."""
-    tensors = {k: t.to(device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
-    names = {k.rsplit(".", 1)[0] for k in tensors}
-    width = lambda n: int(tensors[n + ".width"])
-    with refusing(path, "holds no INT4 codes", "delete it and run train.py again"):
-        return {n: (unpack_nibbles(tensors[n + ".codes"], width(n)), tensors[n + ".scale"].float(), tensors[n + ".zero"].float()) for n in names}
+def read_codes(path, model, whole=True):
+    """Cached INT4 codes of a model, the `whole` of it or some layers -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the
+    path and the remedy."""
+    tensors = {k: t.to(model.embed.weight.device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
+    codes = {}
+    with refusing(path, "does not hold this model's INT4 codes", "delete it and run train.py again"):
+        for i, block in enumerate(model.blocks):
+            for name, linear in block.linears().items():
+                key, (N, K) = f"{i}.{name}", linear.weight.shape
+                if key + ".codes" not in tensors and not whole:
+                    continue
+                code = unpack_nibbles(tensors[key + ".codes"], int(tensors[key + ".width"]))
+                scale, zero = tensors[key + ".scale"].float(), tensors[key + ".zero"].float()
+                if code.shape != (N, K) or not all(t.shape == (N, -(-K // GROUP)) and t.isfinite().all() for t in (scale, zero)):
+                    raise ValueError(f"{key} has another shape, or values that are not finite")
+                codes[key] = code, scale, zero
+    return codes
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Contenders run in turn, round after round, in one process; a figure is the media
 
 import importlib.util
 import inspect
+import json
 import statistics
 import sys
 import tempfile
@@ -410,6 +411,8 @@ def speed_gpu(args):
             keep(found)
         trace = None  # frees the model
     print(f"{caption}\n\n{gpu_table([*shapes.values()])}\n\nwrote {path} and {draw(path)}")
+    if args.json:
+        print(json.dumps(read_json(path)))
 
 
 def gpu_table(shapes):

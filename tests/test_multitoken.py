@@ -146,7 +146,7 @@ def test_the_command(tiny, some_text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(multitoken, "load_text", lambda name, split, folder: load_text(str(some_text), split))
     monkeypatch.setattr(multitoken, "WINDOW", 48)
     args = SimpleNamespace(model=str(tiny), data_dir=None, steps=8, limit=3, rounds=1, out=tmp_path / "out", resume=False, task=None, full=False,
-                           results=tmp_path, seed=0, device="cpu")
+                           results=tmp_path, seed=0, device="cpu", json=False)
     multitoken.multitoken(args)
     result = json.loads((tmp_path / "multitoken.json").read_text())
     rows = result["rows"]

@@ -43,7 +43,7 @@ def data(some_text, tmp_path_factory):
 def write_policy(model, path, seed=0, horizon=LAYERS, **settings):
     policy = random_policy(model, seed, horizon)
     policy.prices = [(1.2, 0.1), (4.0, 3.0)]
-    policy.settings = {"objective": "fisher", "seed": seed, "horizon": horizon, "data": "text", "damage": [[9.0, 1.0, 0.1, 0.0]] * LAYERS} | settings
+    policy.settings = {"objective": "fisher", "seed": seed, "horizon": horizon, "data": "text", "damage": [[9.0, 1.0, 0.1, 0.0]] * len(model.blocks)} | settings
     policy.save(path)
 
 

@@ -16,7 +16,7 @@ import reinforce
 import train
 from baselines import compare
 from conftest import ended, script, start
-from common import Checkpoint, read_safetensors
+from common import Checkpoint, read_safetensors, write_safetensors
 from data import kl, text_examples
 from infer import generate
 from model import load
@@ -131,6 +131,11 @@ def test_two_runs_into_one_folder_and_ctrl_c(tiny, some_text, tmp_path):
 def test_resume_refuses_another_run(finished, tiny, some_text):
     done = script("train.py", *arguments(tiny, some_text, finished[0], finished[2], "--seed", 5, "--resume"))
     assert done.returncode == 2 and "seed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_resume_says_when_there_is_nothing_to_go_on_with(tiny, some_text, tmp_path):
+    done = script("train.py", *arguments(tiny, some_text, tmp_path / "new", "fisher"), "--resume")
+    assert done.returncode == 0 and "starts anew" in done.stderr, done.stderr
 
 
 def test_scales_by_hand(tiny):
@@ -262,6 +267,12 @@ def test_codes_are_cached_and_used_again(tiny, some_text, monkeypatch, tmp_path)
     model.quantize()
     nearest = compare(model, text_examples(tokens), [None, Fixed([4, 1, 1, 1])])[1]["kl"]
     assert gptq < nearest
+    tensors, meta = read_safetensors(file)
+    for change, word in (({"1.o.width": torch.tensor(62)}, "1.o has another shape"), ({"2.down.zero": tensors["2.down.zero"] * float("nan")}, "2.down"),
+                         ({"3.qkv.codes": None}, "3.qkv")):
+        write_safetensors(file, {k: t for k, t in (tensors | change).items() if t is not None})
+        with pytest.raises(ValueError, match=word):
+            model.quantize(int4=name)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
         model.quantize(int4=name)
