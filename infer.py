@@ -2,7 +2,7 @@
 
 Decoding is greedy or sampled, one token at a time through the KV cache. Every token of the prompt and of the answer runs
 each block in the state that the policy chooses (Eq 18-20); the weights are bf16 with real INT8 and INT4
-kernels. While decoding, the price follows what was spent, so that the asked speedup is met on any text. What is timed is the
+kernels. While decoding, the price follows what was spent, so that any text comes near the asked speedup. What is timed is the
 median decoding step after the prompt, for the policy and for the full model in the same run.
 
 On a GPU one sequence is decoded by `Engine`: a captured CUDA graph for every (block, state, bucket of cache length), launched by the
@@ -36,7 +36,7 @@ RESET = "\033[0m"
 
 
 def bucket_of(n):
-    """How many slots of the cache a token reads that may attend to n: less than CHUNK, 128, or a quarter, more than n."""
+    """How many slots of the cache a token reads that may attend to n: at least n, less than n + max(CHUNK, n / 4)."""
     step = max(CHUNK, 2 ** n.bit_length() // 8)
     return -(-n // step) * step
 
@@ -95,8 +95,8 @@ class Engine:
 
     The scorer's graph for block i + 1 starts on the decision stream when block i starts on the main one (Eq 19-20). The host
     waits for that answer's event alone, looks its path up as `Policy.choose` does, and launches the graphs it names; it never
-    waits for the main stream but for the token at its end. With a horizon of L that is one answer a token. `sync` runs the scorer
-    on the main stream, before block i.
+    waits for the main stream but for the token at its end. With a horizon of L that is one answer a token; until it comes, block 2 runs in the
+    state of the token before, and again where the plan says another. `sync` runs the scorer on the main stream, before block i.
 
     Graphs of the main stream run one after the other and leave nothing in their pool, so they share one, in any order of replay.
     The scorer's run beside them: another pool. A graph is captured on the stream that it is for (the scorer's on the side, with `sync`
@@ -205,7 +205,7 @@ class Engine:
         self.length = length
         self.sync = sync
         self.begun = False
-        self.asked = self.price = None
+        self.asked = self.price = self.second = None  # second: the last state of block 2
         self.wait()
         self.position.fill_(length - 1)
         self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
@@ -224,6 +224,7 @@ class Engine:
         else:
             self.path = [4] if self.routed else self.policy.window(self.length, 1)[:, 0, 0].tolist()
         self.begun = True
+        self.early = None  # the state in which block 2 was launched before its plan came
         self.length += 1
         if self.routed and self.price != self.policy.mu:
             self.price = self.host_mu[0] = self.policy.mu  # the last copy was read before the last answer came
@@ -235,6 +236,9 @@ class Engine:
         if self.routed and self.policy.horizon > 1 and self.L > 1:
             self.ready.record(self.main)
             self.ask(1, plan(1, self.L, self.policy.horizon))
+            if self.second is not None and not self.sync:  # the scorer reads the input of block 2, which does not write it
+                self.early = self.second
+                self.launch(1, self.early)
 
     def block(self, i):
         """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it."""
@@ -244,16 +248,22 @@ class Engine:
         asks = blocks and blocks[0] >= len(self.path)  # else `begin` has asked
         before = self.sync or len(self.path) == i  # on the stream of the blocks, or (horizon 0) for block i itself
         if asks:
-            self.ready.record(self.main)  # the input of block i
+            self.ready.record(self.main)  # the input of block i is there
         if asks and before:
             self.ask(i, blocks)
         if len(self.path) == i:
             self.take()
         s = self.path[i]
-        size = bucket_of(self.length) if s else self.size  # a skip reads no keys
-        self.graph((i, s, size), self.main, self.run_block, i, s, size)()
+        if i != 1 or s != self.early:
+            self.launch(i, s)
+        if i == 1:
+            self.second = s
         if asks and not before:  # the block first: its launch must not wait for the scorer's
             self.ask(i, blocks)
+
+    def launch(self, i, s):
+        size = bucket_of(self.length) if s else self.size  # a skip reads no keys
+        self.graph((i, s, size), self.main, self.run_block, i, s, size)()
 
     def ask(self, i, blocks):
         """Start the scorer on the input of block i, to decide `blocks`."""
@@ -279,8 +289,8 @@ class Engine:
     def step(self, token, sample=None, more=False):
         """Run one token -> the next one, and the states (L, 1) uint8 that made it.
 
-        sample: a function of the logits (vocab,) fp32; None takes the likeliest. Then, with `more`, the token after it is begun
-        before the host knows which it is; the next call must be for that one.
+        sample: a function of the logits (vocab,) fp32; None takes the likeliest and, with `more`, begins to run it before
+        the host knows which it is; the next call must be for it.
         """
         with self.backend.stream(self.main):
             if not self.begun:
@@ -323,7 +333,8 @@ def engine_for(model, policy, size):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False, eager=False, ignore_eos=False):
+def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False,
+             eager=False, ignore_eos=False):
     """Continue a prompt (text, or the user's turn of a chat); greedy at temperature 0, else sampled from `seed`. policy: what
     `LLM.forward` takes, or None for the full model.
 
@@ -331,8 +342,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
     "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text,
     states)` is called as tokens come; its text never ends in half a character. sync: on a GPU, decide on the stream that runs the
-    blocks; eager: without CUDA graphs.
-    ValueError for an empty prompt, one that leaves no room in the context, and max_new_tokens below 1.
+    blocks; eager: without CUDA graphs; ignore_eos: go on after an end token.
+    ValueError for an empty prompt, one that leaves no room in the context, max_new_tokens below 1, and logits that are not finite.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
     room = model.config.block_size - len(ids)

@@ -13,7 +13,7 @@ token in that block (0 skip, 1 INT4, 2 INT8, 4 as loaded; policy.py) and the blo
                     that later tokens find its keys and values in the cache
 
 There is one such path, `Block.forward`, for training, evaluation and generation. Whether tokens come all at once or
-one by one through the cache, logits and decisions are the same (tests/test_routing.py). Its two halves can also be given
+one by one through the cache, logits and decisions are the same (tests/test_routing.py). A block's two halves can also be given
 states of their own: a policy with 2 L scales has 2 L rows of states, attention and MLP of each block in turn.
 """
 
@@ -135,7 +135,7 @@ CHUNK = 128  # positions that one part of `attend_in_parts` takes
 
 
 def attend_in_parts(q, k, v, mask):
-    """Attention of one token, every CHUNK positions apart and then together, as sums that torch.compile makes a GPU's kernels of (flash
+    """Attention of one token, within every CHUNK positions and then over all, as sums that torch.compile turns into GPU kernels (flash
     decoding, Dao et al. 2023). `scaled_dot_product_attention` with a mask would leave most of a GPU idle: a head is one piece of work there.
 
     q (B, n_kv_head, g, D): the g heads that share a key-value head; k, v (B, n_kv_head, S, D), S a multiple of CHUNK; mask
@@ -146,7 +146,7 @@ def attend_in_parts(q, k, v, mask):
     highest = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # finite where all of a part is masked
     p = (scores - highest).exp()
     y, total = (p[..., None] * parts(v)).sum(-2), p.sum(-1, keepdim=True)
-    highest, total = highest.expand_as(y), total.expand_as(y)  # or what is said of them below would be a kernel of its own
+    highest, total = highest.expand_as(y), total.expand_as(y)  # else what is done with them below would be a kernel of its own
     share = (highest - highest.amax(-2, keepdim=True)).exp()
     return ((share * y).sum(-2) / (share * total).sum(-2)).to(q.dtype)
 
@@ -158,7 +158,7 @@ def weigh(scale, x, y):
 
 
 class Block(nn.Module):
-    """One block; `linears` are what has three precisions. c: weights.Config."""
+    """One block; its `linears` have three precisions. c: weights.Config."""
 
     def __init__(self, c):
         super().__init__()
@@ -267,8 +267,8 @@ class LLM(nn.Module):
     def quantize(self, real=False, int4=None):
         """Give every block its INT8 and INT4 weights: real kernels, or dequantised weights for whole sequences.
 
-        int4: None rounds to nearest; else what the codes that `quant.cache_codes` cached are called.
-        FileNotFoundError or ValueError when they are not there. With real kernels `logits` uses an INT8 head: reading
+        int4: None rounds to nearest; else the name of codes that `quant.cache_codes` cached.
+        FileNotFoundError when they are missing, ValueError when damaged or another model's. With real kernels `logits` uses an INT8 head: reading
         16-bit weights of the head would cost a tenth of a token.
         """
         codes = {} if int4 is None else read_codes(self.codes_file(int4), self)
@@ -314,7 +314,8 @@ class LLM(nn.Module):
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
         state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
-        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth.
+        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth or other INT4 codes;
+        FileNotFoundError where its codes are missing.
         """
         B, T = tokens.shape
         start = cache.length if cache else 0
@@ -352,7 +353,7 @@ class LLM(nn.Module):
             if holes or kv == "copy":
                 ran = policy is None or policy.states[row] > 0
                 source = torch.where(ran.view(-1, 1), x, x if source is None else source) if kv == "copy" else None
-            if holes:  # they stay: whoever continues this cache must not attend to them
+            if holes:
                 seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
             if rows == 1:
                 x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen))
@@ -393,7 +394,7 @@ class LLM(nn.Module):
                 "all": plain + sum(low.values()) + besides + (head if self.head_int8 else 0)}
 
     def fingerprint(self):
-        """A short hash of the configuration and of the norms and a sample of every weight, the same in every dtype."""
+        """A short hash of the configuration and a sample of every weight, the same in every dtype."""
         config = {k: v for k, v in asdict(self.config).items() if v is not None}  # None: as before that field was there
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, p in sorted(self.named_parameters()):

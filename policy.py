@@ -13,7 +13,7 @@ Equation numbers are those of DASH (arXiv 2505.17420):
     (15)    R_eff(i) = 1 - s_i / 4                                                          `efficiency_reward`
     (16)    PG = -mean[(G_i - b) log pi(s_i)],  G_i = sum_{j>=i} R_j                        `returns`, `policy_gradient`
     (17)    loss = CE + alpha PG                                                            `total_loss`
-    (18)    at inference  s' = argmax q - mu cost                                           `Policy.decide`
+    (18)    at inference  s' = argmax q - mu cost                                           `Policy.choose`
     (19-20) block i+1 is decided from h_{i-1}, the input of the block that runs;            `plan`
             by default the whole path from h_1
 
@@ -125,8 +125,8 @@ def state_shares(states):
 class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
-    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (with lam, minus the
-    distance from s); the network gives the damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
+    q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (less lam times
+    the distance from s); the network gives the damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
     to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
     however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     """
@@ -282,7 +282,7 @@ def lowest_price(cost_at, goal, low=0.0, high=1e4):
 def static_plan(damage, costs, target):
     """The best single plan for all tokens at a mean cost, if damage adds up: (price mu, states (L,) uint8).
 
-    damage and costs (L, 4) and (4,), over STATES. `argmin damage + mu cost` for the lowest price that keeps within the target,
+    damage (L, 4) and costs (4,), over STATES. `argmin damage + mu cost` for the lowest price that keeps within the target,
     then what is left of the budget goes to the blocks where it saves most.
     """
     L = len(damage)
@@ -305,7 +305,7 @@ POSITIONS = 11  # buckets of positions: t = 0, 1, 2-3, 4-7, ..., 512 and beyond
 
 
 def bucket(t):
-    """Positions t, an int64 tensor of any shape -> their bucket 0..POSITIONS - 1, the number of binary digits of t."""
+    """Positions t, an int64 tensor of any shape -> their bucket 0..POSITIONS - 1, the number of binary digits of t, at most POSITIONS - 1."""
     return torch.bucketize(t, 2 ** torch.arange(POSITIONS - 1, device=t.device), right=True)
 
 
@@ -350,7 +350,7 @@ class Policy:
     def at(self, speedup, track=False):
         """Use the price for this speedup and return self. ValueError when no price was calibrated for it.
 
-        track: while decoding, let the price follow what was spent (`follow`), so that the speedup is met on any text.
+        track: while decoding, let the price follow what was spent (`follow`), so that any text comes near the speedup.
         """
         targets = [s for s, _ in self.prices]
         if not targets or not targets[0] <= speedup <= targets[-1]:
@@ -363,7 +363,7 @@ class Policy:
         return self
 
     def price(self, speedup):
-        """mu for a speedup: between the calibrated ones, below them that of the lowest, above them on along the last line."""
+        """mu for a speedup: interpolated between the calibrated ones; the lowest's below them, extrapolated above."""
         targets = [s for s, _ in self.prices]
         if len(targets) == 1:
             return self.prices[0][1]
@@ -451,12 +451,12 @@ class Policy:
             policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]).float(), meta["fingerprint"],
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
             numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
-            name = policy.int4 or ""  # of a file in the cache
+            codes = policy.int4 or ""  # part of the name of a file in the cache
             numbers += torch.tensor(policy.settings.get("overhead", (0.0, 0.0))).view(2).tolist()
             for name, shape in (("damage", (L, 4)), ("position_damage", (-1, L, 4))):
                 table = torch.tensor(policy.settings.get(name, [[[0.0] * 4] * L])).float().view(shape)
                 numbers.append(table.sum().item())
-            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(name).name != name:
+            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(codes).name != codes:
                 raise ValueError("values out of range")
             targets = [s for s, _ in policy.prices]
             if targets != sorted(set(targets)):

@@ -16,9 +16,9 @@ Three things are kept apart on purpose:
                with a straight-through gradient.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
-               `bag_row`; on a GPU in bf16, for one row, the fastest of `ROW_KERNELS` for the shape, by measurement. For many
-               rows INT8 multiplies by the codes and scales the output; every other case dequantises, then multiplies
-               ("reference"). `kernel` says which one a weight uses.
+               `bag_row`; on a GPU in bf16, for one row (aten's INT4: fewer than MANY_INT4), the fastest of `ROW_KERNELS` for
+               the shape, by measurement. For many rows INT8 multiplies by the codes and scales the output, INT4 on a GPU
+               dequantises; so does every case without a kernel ("reference"). `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
 the (codes - 8) * scale + zero form is that of gpt-fast and of aten's int4 kernels. Group size 64 is ours (README, "Choices
@@ -116,7 +116,7 @@ def gptq_int4(weight, hessian):
     diagonal = hessian.diagonal().clone()
     h = hessian.double()
     h.diagonal().add_(DAMPING * diagonal.double().mean().clamp(min=1e-12))
-    # fp64: accumulated in less, the matrix is not positive definite
+    # fp64: factorised in less, the matrix is not positive definite
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     codes, scales, zeros = torch.empty_like(w), [], []
     for start in range(0, K, GROUP):
@@ -421,8 +421,8 @@ CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or wh
 
 
 def compiled(f):
-    """f by torch.compile for static shapes, a compilation each, kept on disk by PyTorch. Kernels are searched for at length, and products of
-    one row in it become sums, which every multiprocessor shares."""
+    """f by torch.compile, compiled once for every shape and kept on disk by PyTorch. Kernels are searched for at length, and products of one row
+    become sums, which all multiprocessors share."""
     torch._dynamo.config.recompile_limit = 256
     return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
 
@@ -472,7 +472,7 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
     """The fastest kernel for a weight, measured once per key (bits, N, K) and kept in CHOSEN: its name.
 
     layouts: {name of ROW_KERNELS: function giving the weight's tensors in its layout}; reference: x (1, K) -> (1, N), in fp32.
-    A kernel that raises, or is further off than bf16 rounding, is left out; without any the choice is "reference".
+    A kernel that raises (but for lack of memory), or is further off than bf16 rounding, is left out; without any the choice is "reference".
     """
     if key not in CHOSEN:
         x = torch.randn(1, key[2], device=device).bfloat16()
@@ -539,7 +539,8 @@ class RoutedLinear(nn.Module):
     def quantize(self, real, fill_from=None, int4=None):
         """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights.
 
-        int4: (codes, scale, zero) chosen elsewhere, such as by `gptq_int4`; None rounds to nearest.
+        fill_from: the first row that a skipped block still runs (`fill`), or None; int4: (codes, scale, zero) chosen elsewhere, such as by
+        `gptq_int4`, or None to round to nearest.
         """
         dtype = self.weight.dtype
         int4, int8 = int4 or quantize_int4(self.weight), quantize_int8(self.weight)

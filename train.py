@@ -44,7 +44,7 @@ from quant import cache_codes, codes_name
 SAMPLES, SAMPLE_TOKENS = 128, 64  # calibration of a_i
 TARGETS = [1.2, 1.33, 1.5, 1.67, 1.8, 1.9, 2.0, 2.2, 2.4, 2.67, 2.9, 3.2, 3.5, 3.75, 4.0, 4.25, 4.5]  # speedups with a price
 WINDOW, POOL = 256, 64  # tokens of a window, and windows at most, that INT4 rounding and the policy gradient see
-LONG = 1024  # tokens of a window with Fisher labels
+LONG = 1024  # tokens of a window for Fisher labels, prices, tests and the training of the base
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def main():
         return mean_cost(policy.states[:, example.keep()], costs)
 
     generator = torch.Generator().manual_seed(args.seed)
-    free = free_skips(costs) if args.cost == "bits" else costs  # the clock knows skips with their keys and values alone
+    free = free_skips(costs) if args.cost == "bits" else costs  # the clock has only timed skips that fill keys and values
     static = lambda rows: one_plan(static_plan(damage, free, spent(rows))[1], scale)
     equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
     int8 = Fixed([4] + [2] * (L - 1))

@@ -283,6 +283,7 @@ FAULTS = [
     ("-1 new tokens", [*OF_MODEL, "--max-new-tokens", -1], None, "max-new-tokens"),
     ("a policy cut short", [*ROUTED, 2, "--policy", "CUT"], None, "cut.safetensors"),
     ("a policy with a NaN", [*ROUTED, 2, "--policy", "NAN"], None, "nan.safetensors"),
+    ("a policy whose codes lie elsewhere", [*ROUTED, 2, "--policy", "ELSE"], None, "else.safetensors"),
     ("a policy of binary junk", [*ROUTED, 2, "--policy", "JUNK"], None, "junk.txt"),
     ("a folder as policy", [*ROUTED, 2, "--policy", "TMP"], None, "train.py"),
     ("data of binary junk", [*TRAIN, "--data", "JUNK"], None, "UTF-8"),
@@ -318,10 +319,12 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     policy = Policy.load(policy_file)
     policy.prices = []
     policy.save(tmp_path / "bare.safetensors")
+    policy.settings = policy.settings | {"int4": "../gptq"}
+    policy.save(tmp_path / "else.safetensors")
     policy.scorer.first.bias.data[3] = float("nan")
     policy.save(tmp_path / "nan.safetensors")
     names = {"MODEL": folder, "POLICY": policy_file, "TEXT": some_text, "EMPTY": tmp_path / "empty.txt", "JUNK": tmp_path / "junk.txt",
-             "CUT": tmp_path / "cut.safetensors", "NAN": tmp_path / "nan.safetensors", "BARE": tmp_path / "bare.safetensors"}
+             "CUT": tmp_path / "cut.safetensors", "NAN": tmp_path / "nan.safetensors", "BARE": tmp_path / "bare.safetensors", "ELSE": tmp_path / "else.safetensors"}
     before = sorted(tmp_path.rglob("*"))
     done = script(*[names.get(a, str(a).replace("TMP", str(tmp_path)).replace("TEXT/", f"{some_text}/")) for a in args])
     assert done.returncode == 2, done.stdout + done.stderr

@@ -103,6 +103,20 @@ def compare(model, policy, engine, tokens=24, eos=(), **options):
     return got
 
 
+@torch.no_grad()
+def test_block_2_runs_ahead_of_its_plan_and_again_where_that_differs(tmp_path):
+    tiny_folder(tmp_path, layers=6)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+    for sync in (False, True):
+        engine, launched = Engine(model, 200), []
+        launch = engine.launch
+        engine.launch = lambda i, s: (launched.append(s) if i == 1 else None, launch(i, s))
+        states = compare(model, random_policy(model, 0, 6), engine, sync=sync)["token_states"][1, 1:].tolist()  # the first came with the prompt
+        want = [s for last, s in zip([states[0], *states], states) for s in ([s] if sync or s == last else [last, s])]
+        assert launched == want and len(set(states)) > 1
+
+
 @pytest.mark.parametrize("kind, change, horizon", [("llama", {}, 1), ("llama", {}, 2), ("qwen2", {"num_key_value_heads": 1}, 6),
                                                    ("qwen3", {"tie_word_embeddings": False}, 1)])
 @torch.no_grad()
