@@ -83,7 +83,9 @@ def quantize_int4(weight):
 def dequantize_int4(codes, scale, zero):
     """codes (N, K) uint8, scale and zero (N, ceil(K / GROUP)) -> (N, K) in the dtype of the scale; what is between is computed in fp32."""
     N, K = codes.shape
-    codes = F.pad(codes, (0, -K % GROUP)).view(N, -1, GROUP).to(scale.dtype) - 8
+    if K % GROUP:
+        codes = F.pad(codes, (0, -K % GROUP))
+    codes = codes.view(N, -1, GROUP).to(scale.dtype) - 8
     return torch.addcmul(zero[..., None], codes, scale[..., None]).view(N, -1)[:, :K]
 
 
