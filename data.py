@@ -219,6 +219,7 @@ class Example:
 
 
 def n_tokens(examples):
+    """How many tokens examples have in all, padding left out."""
     return sum(sum(e.lengths) for e in examples)
 
 

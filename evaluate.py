@@ -241,7 +241,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
     if task == "cnn_dm":
         rouge()
     path, metric = policy_path(args, task), metric_of(task)
-    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False, path=path)
+    model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False)
     rows, at_cost = [{"method": "full model", "target": 1.0}], {}
     ran = [(rows[0], None)]  # those that there are, with their policies
     if priced and policy and task != "cnn_dm":  # there the price tracks

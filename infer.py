@@ -353,8 +353,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         raise ValueError(f"the prompt has {len(ids)} tokens, this model's context is {model.config.block_size}; shorten the prompt")
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
-    if policy is not None and not model.quantized:  # or `LLM.hidden` would, after the engine has captured the weights that it replaces
-        model.quantize(int4=policy.int4)
+    if policy is not None:
+        model.quantize_for(policy)  # `LLM.hidden` would do it too late: an engine captures the weights that there are
     device = model.embed.weight.device
     L = model.config.n_layer
     generator = torch.Generator().manual_seed(seed)

@@ -290,6 +290,13 @@ class LLM(nn.Module):
             for linear in block.linears().values():
                 linear.choose_row()
 
+    def quantize_for(self, policy):
+        """Quantise for a policy unless that is done. ValueError where it goes with other INT4 codes; else errors as `quantize`."""
+        if not self.quantized:
+            self.quantize(int4=policy.int4)
+        if policy.int4 not in (None, self.int4):
+            raise ValueError(f"this policy goes with the INT4 codes {policy.int4}: call quantize(int4=policy.int4), with real=True to decode")
+
     def codes_file(self, name):
         """Where INT4 codes of this model, chosen with the settings called `name`, are cached."""
         return cache_folder() / f"int4-{self.fingerprint()}-{name}.safetensors"
@@ -327,10 +334,7 @@ class LLM(nn.Module):
         if policy is not None:
             if len(policy.scale) not in (len(self.blocks), 2 * len(self.blocks)):
                 raise ValueError(f"this policy decides {len(policy.scale)} blocks or halves, and this model has {len(self.blocks)} blocks")
-            if not self.quantized:
-                self.quantize(int4=policy.int4)
-            if policy.int4 not in (None, self.int4):
-                raise ValueError(f"this policy goes with the INT4 codes {policy.int4}: call quantize(int4=policy.int4), with real=True to decode")
+            self.quantize_for(policy)
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x = self.embed(tokens).view(B * T, -1)
         rope = self.rope(start, T)
@@ -388,7 +392,8 @@ class LLM(nn.Module):
         linears = [m for m in self.modules() if isinstance(m, RoutedLinear)]
         head = size(self.head_int8.tensors() if self.head_int8 else [self.head.weight])
         low = {s: size(t for m in linears if s in m.low for t in m.low[s].tensors()) for s in (1, 2, "fill")}
-        besides = size(w.nibbles for m in linears for w in m.low.values() if getattr(w, "nibbles", None) is not None)  # for many rows
+        int4 = [m.low[s] for m in linears for s in (1, "fill") if s in m.low]
+        besides = size(w.nibbles for w in int4 if w.nibbles is not None)  # for many rows
         plain = size(self.parameters())
         return {"4": size(m.weight for m in linears) + head, "2": low[2] + head, "1": low[1] + head, "bf16 model": plain,
                 "all": plain + sum(low.values()) + besides + (head if self.head_int8 else 0)}

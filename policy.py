@@ -454,9 +454,10 @@ class Policy:
             codes = policy.int4 or ""  # part of the name of a file in the cache
             numbers += torch.tensor(policy.settings.get("overhead", (0.0, 0.0))).view(2).tolist()
             for name, shape in (("damage", (L, 4)), ("position_damage", (-1, L, 4))):
-                table = torch.tensor(policy.settings.get(name, [[[0.0] * 4] * L])).float().view(shape)
-                numbers.append(table.sum().item())
-            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not all(map(math.isfinite, numbers)) or Path(codes).name != codes:
+                if name in policy.settings:
+                    numbers += torch.tensor(policy.settings[name]).float().view(shape).flatten().tolist()
+            finite = all(map(math.isfinite, numbers))
+            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not finite or Path(codes).name != codes:
                 raise ValueError("values out of range")
             targets = [s for s, _ in policy.prices]
             if targets != sorted(set(targets)):

@@ -383,9 +383,10 @@ class Int4Weight:
 
     def weight(self):
         """(N, K), dequantised; not for "int4pack"."""
-        if self.nibbles is None:
-            return dequantize_int4(unpack_nibbles(self.codes, self.width), *self.scale_zero)
-        return dequantize_int4(unpack_nibbles(self.nibbles, self.width), *self.scale_zero.permute(2, 1, 0).contiguous())
+        packed, scale_zero = self.codes, self.scale_zero
+        if self.nibbles is not None:
+            packed, scale_zero = self.nibbles, scale_zero.permute(2, 1, 0).contiguous()  # (2, N, K / GROUP)
+        return dequantize_int4(unpack_nibbles(packed, self.width), *scale_zero)
 
     def __call__(self, x):
         if self.kernel == "int4pack":

@@ -250,8 +250,9 @@ def main():
     if args.train_model and Path(args.model).resolve() == (out / "model.safetensors").resolve():
         raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
     started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
+    steps = args.steps if args.objective == "rl" or args.train_model else None  # nothing else has steps, so --resume need not repeat them
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
-                "steps": None if args.objective == "fisher" and not args.train_model else args.steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
+                "steps": steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
                 "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
                 "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)

@@ -333,7 +333,7 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_environment_without_a_home_or_with_a_notebook_s_backend(tmp_path):
+def test_an_environment_without_a_home_or_with_a_notebook_s_backend():
     """What a shell may hand down: no home folder, a backend of matplotlib that is not installed, no stderr."""
     clean = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
     run = lambda code, **more: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **more)
