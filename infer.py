@@ -10,7 +10,6 @@ host as the states become known, while the scorer runs on a second stream. Promp
 """
 
 import codecs
-import functools
 import gc
 import json
 import math
@@ -43,29 +42,30 @@ def bucket_of(n):
 
 class Bucket:
     """One block's keys and values (1, slots, 2 n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
-    `position` names and reads the first `size` slots, under a mask (1, 1, 1, slots). So one graph serves every token of a bucket, and
-    attention does not read the whole cache."""
+    `position` names and reads the first `size` slots as far as the tensor `ends` says (`attend_in_parts`). So one graph serves every token of
+    a bucket, and attention does not read the whole cache."""
 
-    def __init__(self, kv, position, mask, size):
-        self.kv, self.position, self.mask, self.size = kv, position, mask, size
+    def __init__(self, kv, position, ends, starts, size):
+        self.kv, self.position, self.ends, self.starts, self.size = kv, position, ends, starts, size
 
     def store(self, k, v, i):
         """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""
         self.kv.index_copy_(1, self.position, torch.cat([k, v], 2))
-        return *self.kv[:, : self.size].chunk(2, dim=2), self.mask[..., : self.size]
+        parts = self.size // CHUNK
+        return *self.kv[:, : self.size].chunk(2, dim=2), (self.ends[: parts + 1], self.starts[: parts + 1])
 
 
 # What graphs run, as functions of all that differs from token to token and block to block, so that one compilation serves them all
 
 
-def embed_into(x, here, token, position, weight, tables, slots, mask):
-    """Move on to the next position: the token's embedding into x (1, C), the position's row of each table into `here`, and which slots it
-    may see into the mask."""
+def embed_into(x, here, token, position, weight, tables, ends, last):
+    """Move on to the next position: the token's embedding into x (1, C), the position's row of each table into `here`, and into `ends` how far
+    the slots that it may see reach into each part; last: how far that part can."""
     position.add_(1)
     x.copy_(weight[token])
     for to, table in zip(here, tables):
         to.copy_(table[position])
-    mask.zero_().masked_fill_(slots > position, float("-inf"))
+    ends.copy_(torch.minimum(last, position + 1))
 
 
 def block_into(out, block, x, s, scale, rope, bucket):
@@ -83,11 +83,12 @@ def best_into(out, scorer, of_blocks, x, where, mu, costs):
 class Engine:
     """Decodes one sequence: graphs on the device, decisions on a second stream, launches by the host (batch 1).
 
-    Every (block, state, bucket) is a CUDA graph of the one `Block.forward`, captured at its first use. All that crosses from one graph to
-    another, or to the host, is a tensor made here, outside the graphs' pools, at an address that never changes:
+    Every (block, state, bucket) is a CUDA graph of the one `Block.forward`, captured at its first use; a path that is the same for every token
+    is one graph. All that crosses from one graph to another, or to the host, is a tensor made here, outside the graphs' pools, at an address
+    that never changes:
 
         token     the id to run, from the host or the graph "head"
-        position, rope, where, mask   where it stands, set by the graph "embed"
+        position, rope, where, ends   where it stands, set by the graph "embed"
         x         two rows: block i reads x[i % 2] and writes the other, so a scorer can still read block i's input while block i
                   runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come.
         mu, best  the price, from the host; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
@@ -124,14 +125,15 @@ class Engine:
         self.where = new(1, 2, dtype=torch.float32)
         reach = min(self.size, c.block_size)
         self.tables = [*model.rope(0, reach), Scorer.positions(0, reach, device)]
-        self.slots = torch.arange(self.size, device=device)
-        self.mask = new(1, 1, 1, self.size)
+        self.last = torch.arange(0, self.size + 1, CHUNK, device=device)
+        self.ends = new(len(self.last), dtype=torch.int32)
+        self.starts = torch.arange(len(self.last), dtype=torch.int32, device=device) * (c.n_head // c.n_kv_head)
         self.mu = new(1, dtype=torch.float32)
         self.costs = new(4, dtype=torch.float32)
         self.best = new(self.L, 4, dtype=torch.int64)
         self.logits = new(c.vocab_size, dtype=torch.float32)
         self.host_token, self.host_mu, self.host_best = pinned(self.token), pinned(self.mu), pinned(self.best)
-        self.compiled = functools.cache(compiled) if cuda else None
+        self.compiled = compiled if cuda else None
         self.plain = set()  # what it could not compile
         self.embed, self.head = self.capture(self.run_embed, self.main), self.capture(self.run_head, self.main)
 
@@ -139,11 +141,15 @@ class Engine:
 
     def run_embed(self):
         self.fused(embed_into, self.x[0], [*self.rope, self.where], self.token, self.position, self.model.embed.weight, self.tables,
-                   self.slots, self.mask)
+                   self.ends, self.last)
 
     def run_block(self, i, s, size):
-        bucket = Bucket(self.cache.kv[i], self.position, self.mask, size)
+        bucket = Bucket(self.cache.kv[i], self.position, self.ends, self.starts, size)
         self.fused(block_into, self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket)
+
+    def run_path(self, path, size):
+        for i, s in enumerate(path):
+            self.run_block(i, s, size if s else self.size)
 
     def run_scorer(self, scorer, i, blocks):
         of_blocks = scorer.of_blocks(blocks)
@@ -211,6 +217,7 @@ class Engine:
         self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
         self.routed = isinstance(policy, Policy)
         self.given = policy.given.shape[2] if isinstance(policy, Fixed) and policy.given.dim() == 3 else math.inf  # recorded states end
+        self.constant = policy is None or isinstance(policy, Fixed) and policy.given.dim() == 1
         if self.routed:
             self.costs.copy_(policy.costs)
         for stream in (self.main, self.side):
@@ -231,8 +238,12 @@ class Engine:
             with self.backend.stream(self.main if self.sync else self.side):
                 self.copy(self.mu, self.host_mu)
         self.embed()
-        for i in range(len(self.path)):
-            self.block(i)
+        if self.constant:
+            size = bucket_of(self.length)
+            self.graph((tuple(self.path), size), self.main, self.run_path, self.path, size)()
+        else:
+            for i in range(len(self.path)):
+                self.block(i)
         if self.routed and self.policy.horizon > 1 and self.L > 1:
             self.ready.record(self.main)
             self.ask(1, plan(1, self.L, self.policy.horizon))

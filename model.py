@@ -116,13 +116,13 @@ def by_state(state):
     return [(found[0], None)] if len(found) == 1 else [(s, (flat == s).nonzero()[:, 0]) for s in found]
 
 
-def run(groups, f, x, width):
-    """Apply f(rows of x, s) to each group; (n, C) -> (n, width). Rows that no group covers are zero."""
+def run(groups, f, width, *xs):
+    """Apply f(s, rows of each x) to each group; (n, C) each -> (n, width). Rows that no group covers are zero."""
     if groups[0][1] is None:
-        return f(x, groups[0][0])
-    out = x.new_zeros(len(x), width)
+        return f(groups[0][0], *xs)
+    out = xs[0].new_zeros(len(xs[0]), width)
     for s, rows in groups:
-        out.index_copy_(0, rows, f(x.index_select(0, rows), s))  # several times faster than out[rows] = f(x[rows])
+        out.index_copy_(0, rows, f(s, *(x.index_select(0, rows) for x in xs)))  # several times faster than out[rows] = f(x[rows])
     return out
 
 
@@ -134,21 +134,22 @@ def skip(scale, x):
 CHUNK = 128  # positions that one part of `attend_in_parts` takes
 
 
-def attend_in_parts(q, k, v, mask):
-    """Attention of one token, within every CHUNK positions and then over all, as sums that torch.compile turns into GPU kernels (flash
-    decoding, Dao et al. 2023). `scaled_dot_product_attention` with a mask would leave most of a GPU idle: a head is one piece of work there.
+def attend_in_parts(q, k, v, ends, starts):
+    """Attention of one token on a GPU: within every CHUNK positions, and then over all (flash decoding, Dao et al. 2023). To FlashAttention the
+    parts are sequences of their own, each with a copy of the query. A whole head would be one piece of work, and leave most of a GPU idle.
 
-    q (B, n_kv_head, g, D): the g heads that share a key-value head; k, v (B, n_kv_head, S, D), S a multiple of CHUNK; mask
-    (1, 1, 1, S), added -> (B, n_kv_head, g, D) in q's dtype.
+    q (n_kv_head, g, D): the g heads that share a key-value head; k, v (S, n_kv_head, D); ends (parts + 1,) int32: 0 and where each part of the
+    keys ends, the same as the one before if it is empty; starts (parts + 1,) int32: multiples of g, for the queries -> (n_kv_head, g, D).
     """
-    parts = lambda t: t.unflatten(2, (-1, CHUNK))[:, :, None]  # (B, n_kv_head, 1, parts, CHUNK, D)
-    scores = (q[:, :, :, None, None].float() * parts(k)).sum(-1) / math.sqrt(q.shape[-1]) + mask.view(-1, CHUNK)
-    highest = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # finite where all of a part is masked
-    p = (scores - highest).exp()
-    y, total = (p[..., None] * parts(v)).sum(-2), p.sum(-1, keepdim=True)
-    highest, total = highest.expand_as(y), total.expand_as(y)  # else what is done with them below would be a kernel of its own
-    share = (highest - highest.amax(-2, keepdim=True)).exp()
-    return ((share * y).sum(-2) / (share * total).sum(-2)).to(q.dtype)
+    H, g, D = q.shape
+    parts = len(ends) - 1
+    queries = q.transpose(0, 1).expand(parts, g, H, D).reshape(-1, H, D)
+    y, logsumexp = torch.ops.aten._flash_attention_forward(queries, k, v, starts, ends, g, CHUNK, 0.0, False, False)[:2]
+    y = y.view(parts, g, H, D)
+    weight = logsumexp.view(H, parts, g).masked_fill((ends[1:] == ends[:-1])[:, None], float("-inf"))
+    weight = weight.permute(1, 2, 0)[..., None].expand_as(y)  # as large as y, else what is done with it below would be a kernel of its own
+    share = (weight - weight.amax(0)).exp()
+    return ((share * y).sum(0) / share.sum(0)).transpose(0, 1).to(q.dtype)
 
 
 def weigh(scale, x, y):
@@ -176,19 +177,22 @@ class Block(nn.Module):
     def linears(self):
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
 
-    def project(self, x, s):
-        return self.qkv(x, s) if s else F.pad(self.qkv.fill(x), (self.q_size, 0))
+    def project(self, s, x):
+        return self.qkv(x, s, norm=self.norm1) if s else F.pad(self.qkv(x, "fill", norm=self.norm1), (self.q_size, 0))
 
     def attend(self, q, k, v, mask=None):
         """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, n_head * D).
 
-        mask: None, or (B, 1, 1, S): which positions may be attended to (bool), or what to add to their scores (for one token).
+        mask: None, or which positions may be attended to: (B, 1, 1, S) bool, or for one token `ends` and `starts` of `attend_in_parts`.
         """
         B, T, H, D = q.shape
+        if isinstance(mask, tuple) and torch.compiler.is_compiling():
+            return attend_in_parts(q.view(k.shape[2], -1, D), k[0], v[0], *mask).reshape(1, H * D)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if isinstance(mask, tuple):
+            mask = (torch.arange(k.shape[2], device=k.device) < mask[0][-1]).view(1, 1, 1, -1)
         if T == 1:  # no order, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
-            one = attend_in_parts if torch.compiler.is_compiling() else F.scaled_dot_product_attention
-            y = one(q.view(B, k.shape[1], -1, D), k, v, mask)
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, mask)
         else:
             if mask is not None or T < k.shape[2]:
                 past = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
@@ -196,9 +200,8 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
         return y.reshape(B * T, H * D)
 
-    def mlp(self, x, s):
-        gate, up = self.gate_up(x, s).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up, s)
+    def mlp(self, s, h):
+        return self.down(self.gate_up(h, s, norm=self.norm2, glu=True), s, residual=h)
 
     def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
         """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
@@ -206,12 +209,12 @@ class Block(nn.Module):
         executed = [group for group in groups if group[0]]
         if not executed and (cache is None or seen is not None):  # no keys and values, or nobody who may ask for them
             return skip(scale, x)
-        h = self.norm1(x if source is None else source)
+        source = x if source is None else source
         if not executed:
-            k, v = self.qkv.fill(h).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
+            k, v = self.qkv(source, "fill", norm=self.norm1).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
             cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
             return skip(scale, x)
-        qkv = run(groups if seen is None else executed, self.project, h, self.q_size + 2 * self.kv_size)
+        qkv = run(groups if seen is None else executed, self.project, self.q_size + 2 * self.kv_size, source)
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
         if c.qk_norm:
@@ -220,7 +223,7 @@ class Block(nn.Module):
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
         y = self.attend(q, k, v, mask if seen is None else seen)
-        h = x + run(executed, self.o, y, x.shape[1])
+        h = run(executed, lambda s, y, x: self.o(y, s, residual=x), x.shape[1], y, x)
         if len(executed) < len(groups):
             skipped = groups[0][1]
             h[skipped] = skip(scale, x[skipped])
@@ -231,8 +234,8 @@ class Block(nn.Module):
         executed = [group for group in groups if group[0]]
         if not executed:
             return skip(scale, h)
-        out = h + run(executed, self.mlp, self.norm2(h), h.shape[1])
-        if len(executed) < len(groups) and scale != 1.0:  # `forward` leaves it at 1: attention_half has scaled a skipped block
+        out = run(executed, self.mlp, h.shape[1], h)
+        if len(executed) < len(groups):  # `forward` leaves `scale` at 1: attention_half has scaled a skipped block
             skipped = groups[0][1]
             out[skipped] = skip(scale, h[skipped])
         return out

@@ -28,6 +28,7 @@ that are ours").
 import functools
 import hashlib
 import sys
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -252,7 +253,7 @@ class FakeWeight:
 
 
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack (measured, results/NOTES.md)
-MANY_INT4 = 64  # rows from which dequantising beats aten's INT4 kernel on a GPU (guessed from 0.25 s for 512 rows, 0.002 s for one; not measured)
+MANY_INT4 = 128  # rows from which dequantising beats aten's INT4 kernel on a GPU (measured, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
 
@@ -401,28 +402,47 @@ class Int4Weight:
 
 
 def bf16_row(x, weight):
-    """x (1, K), weight (N, K) -> x W^T (1, N). Written as one reduction, which torch.compile turns into one kernel."""
-    return (weight.float() * x.float()).sum(-1).to(x.dtype)[None]
+    """x (K,) fp32, weight (N, K) -> W x (N,) fp32. Written as one reduction, which torch.compile turns into one kernel."""
+    return (weight.float() * x).sum(-1)
 
 
 def int8_row(x, codes, scale):
     """As `bf16_row` with codes (N, K) int8 and scale (N,)."""
-    return ((codes.float() * x.float()).sum(-1) * scale.float()).to(x.dtype)[None]
+    return (codes.float() * x).sum(-1) * scale.float()
 
 
 def int4_row(x, packed, scale_zero):
     """As `bf16_row` with codes of `pack_nibbles` and scale_zero (2, N, K / GROUP)."""
-    return bf16_row(x, dequantize_int4(unpack_nibbles(packed, x.shape[1]), *scale_zero))
+    return bf16_row(x, dequantize_int4(unpack_nibbles(packed, len(x)), *scale_zero))
+
+
+def layer_of_one_row(row, x, tensors, bias, norm, eps, residual, glu):
+    """`RoutedLinear.forward` for one row, x (1, K) -> (1, N), which torch.compile turns into one kernel: each that it would take besides costs 2 us.
+
+    row: a function such as `bf16_row`, tensors: what it takes; norm (K,): RMSNorm's weight, or None. The mean square is summed anew for every
+    output, in the loop that makes the product, where reading the weight leaves time for it.
+    """
+    dtype, x = x.dtype, x[0].float()
+    halves = lambda t: t.chunk(2, max(0, t.dim() - 2)) if glu else [t]
+    scale = 1.0
+    if norm is not None:
+        scale = torch.rsqrt(x.expand(len(halves(tensors[0])[0]), -1).square().mean(-1) + eps)
+        x = x * norm.float()
+    ys = [row(x, *half) * scale for half in zip(*map(halves, tensors))]
+    if bias is not None:
+        ys = [y + b.float() for y, b in zip(ys, halves(bias))]
+    y = F.silu(ys[0]) * ys[1] if glu else ys[0]
+    return (y if residual is None else residual[0] + y).to(dtype)[None]
 
 
 TILES = (2, 4, 8)  # of aten's INT4 layout
 ROW_KERNELS = {
-    "bf16 cublas": F.linear, "bf16 compiled": bf16_row, "int8 aten": torch._weight_int8pack_mm, "int8 compiled": int8_row,
-    "int4 compiled": int4_row,
+    "bf16 compiled": bf16_row, "int8 compiled": int8_row, "int4 compiled": int4_row, "int8 aten": torch._weight_int8pack_mm,
     **{f"int4 aten {t}": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero) for t in TILES}}
 CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}; infer.Engine notes what it can't compile
 
 
+@functools.cache
 def compiled(f):
     """f by torch.compile, compiled once for every shape and kept on disk by PyTorch. Kernels are searched for at length, and products of one row
     become sums, which all multiprocessors share."""
@@ -432,21 +452,29 @@ def compiled(f):
 
 @functools.cache
 def row_kernel(name):
-    return compiled(ROW_KERNELS[name]) if name.endswith("compiled") else ROW_KERNELS[name]
+    """A function with the arguments of `layer_of_one_row` after the first, or of aten's operator: x (n, K) and the tensors."""
+    row = ROW_KERNELS[name]
+    return compiled(lambda *args: layer_of_one_row(row, *args)) if name.endswith("compiled") else row
 
 
 @torch.library.custom_op("dash::row_product", mutates_args=())
-def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int) -> torch.Tensor:
-    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS, n = 1 for those that are compiled. An operator of its own, so that torch.compile of a
-    whole block leaves it alone: inlined, what comes before it would be computed again for every row of the weight."""
+def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, bias: Optional[torch.Tensor] = None,
+                norm: Optional[torch.Tensor] = None, eps: float = 0.0, residual: Optional[torch.Tensor] = None, glu: bool = False) -> torch.Tensor:
+    """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS; aten's take none of what follows N, and those that are compiled n = 1. An operator of
+    its own, so that torch.compile of a whole block leaves it alone: inlined, what comes before it would be computed again for every row of
+    the weight."""
     # What is passed on must look the same whoever calls, or it is compiled again: torch.compile guards on every stride, that of a dimension of
     # 1 too, on Parameter or Tensor, on inference mode, and on being in the first call of a compiled block
+    same = lambda t: None if t is None else t.detach().reshape(-1).view(t.shape)
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)):
-        return row_kernel(name)(x.detach().reshape(-1).view(x.shape), *(t.detach() for t in tensors))
+        tensors = [t.detach() for t in tensors]  # these as they are: a weight's strides are always the same
+        if name.endswith("compiled"):
+            return row_kernel(name)(same(x), tensors, same(bias), same(norm), eps, same(residual), glu)
+        return row_kernel(name)(same(x), *tensors)
 
 
 @row_product.register_fake
-def _(name, x, tensors, N):
+def _(name, x, tensors, N, bias=None, norm=None, eps=0.0, residual=None, glu=False):
     return x.new_empty(len(x), N)
 
 
@@ -503,9 +531,9 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
 
 
 class RoutedLinear(nn.Module):
-    """A linear layer that holds its weight in up to three precisions; `state` picks one at every call.
+    """A linear layer that holds its weight in up to three precisions, with what a block does before and after it.
 
-    weight (N, K), bias (N,) or None; x (n, K) -> (n, N). Before states 1 and 2 can be used, call `quantize`.
+    weight (N, K), bias (N,) or None. Before any state but 4 can be used, call `quantize`.
     """
 
     def __init__(self, K, N, bias=False):
@@ -515,28 +543,37 @@ class RoutedLinear(nn.Module):
         self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
         self.kernel = "reference"  # of state 4; on a GPU what computes one row
 
-    def forward(self, x, state=4):
-        if state != 4:
-            y = self.low[state](x)
-        elif self.kernel == "reference" or len(x) > 1:
-            return product(x, self.weight, self.bias)
-        else:  # cuBLAS's product by its name too: torch.compile would take a call of it apart
-            y = row_product(self.kernel, x, [self.weight], len(self.weight))
-        return y if self.bias is None else y + self.bias
+    def forward(self, x, state=4, norm=None, residual=None, glu=False):
+        """residual + f(norm(x) W^T + bias) with the weight in the precision of a state: x (n, K) -> (n, N), or (n, N / 2) if glu: f is then
+        silu(first half) * second half. State "fill": only the rows from `fill_from` on, in INT4, keys and values for tokens that skip the block."""
+        low = None if state == 4 else self.low[state]
+        kernel = self.kernel if low is None else getattr(low, "kernel", "reference")
+        if len(x) == 1 and kernel.endswith("compiled"):
+            if low is not None and norm is not None:  # codes are read so fast that there is no time to sum the squares again (results/NOTES.md)
+                x, norm = norm(x), None
+            tensors, N = ([self.weight], len(self.weight)) if low is None else (low.tensors(), low.N)
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return row_product(kernel, x, tensors, N // (1 + glu), None if self.bias is None else self.bias[-N:], weight, eps, residual, glu)
+        if norm is not None:
+            x = norm(x)
+        if low is None:
+            y = product(x, self.weight, self.bias)
+        else:
+            y = low(x)
+            if self.bias is not None:
+                y = y + self.bias[-y.shape[-1]:]
+        if glu:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if residual is None else residual + y
 
     __call__ = forward  # without nn.Module's look for hooks, 120 times a token
 
-    def fill(self, x):
-        """Only the rows from `fill_from` on, in INT4: keys and values for a token that skips the block."""
-        y = self.low["fill"](x)
-        return y if self.bias is None else y + self.bias[-y.shape[-1]:]
-
     @torch.no_grad()
     def choose_row(self):
-        """On a GPU in bf16, what computes one row in state 4, by measurement."""
+        """On a GPU in bf16, what computes one row in state 4."""
         if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
-            layouts = dict.fromkeys(("bf16 cublas", "bf16 compiled"), lambda: [self.weight])
-            self.kernel = choose((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
+            self.kernel = choose((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()), self.weight.device)
 
     @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):

@@ -130,7 +130,7 @@ def test_observe_by_hand(model):
     for i, block in enumerate(model.blocks):
         y = block(x, 2, [(4, None)], 1.0, model.rope(0, 12))
         without_mlp = block.attention_half(x, 2, [(4, None)], 1.0, model.rope(0, 12))
-        assert torch.allclose(without_mlp + block.mlp(block.norm2(without_mlp), 4), y, atol=1e-5)
+        assert torch.allclose(block.mlp(4, without_mlp), y, atol=1e-5)
         later = lambda t: t.view(2, 12, -1)[:, 1:].flatten(0, 1)
         assert torch.allclose(known.similarity[i], F.cosine_similarity(later(x), later(y)), atol=1e-5)
         assert torch.allclose(known.sublayers[2 * i], F.cosine_similarity(later(x), later(without_mlp)), atol=1e-5)
@@ -220,7 +220,7 @@ def test_kv_modes_by_hand(model):
     model(tokens, Fixed(states))
     [h.remove() for h in hooks]
     block = model.blocks[3]
-    value = lambda x: block.qkv.fill(block.norm1(x[2:3]))[0, -block.kv_size :]
+    value = lambda x: block.qkv(x[2:3], "fill", norm=block.norm1)[0, -block.kv_size :]
     caches = {}
     for kv in ("fill", "copy", "none"):
         caches[kv] = KVCache(model, 1, 8)

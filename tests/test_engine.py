@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import random
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.flop_counter  # PyTorch's compiler would, and not find the operator that a test has replaced by then
 
 import quant
 import speed
 from charts import draw
 from conftest import script, tiny_folder
 from infer import Engine, bucket_of, engine_for, generate
-from model import check_gpu, load
+from model import RMSNorm, check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
 
@@ -88,6 +90,23 @@ class Shuffled(Engine):
 
     def copy(self, to, source):
         self.backend.now.work.append(lambda: to.copy_(source))
+
+
+def uncompiled(name):
+    """In place of `quant.row_kernel`."""
+    row = quant.ROW_KERNELS[name]
+    return functools.partial(quant.layer_of_one_row, row) if name.endswith("compiled") else row
+
+
+def flash_attention(q, k, v, starts, ends, most_q, most_k, *rest):
+    """What FlashAttention does with sequences side by side, on the CPU: q (n q's, H, D), k and v (S, H, D); an empty one has a logsumexp of +inf."""
+    n, (S, H, D) = len(ends) - 1, k.shape
+    inside = (torch.arange(S) >= ends[:-1, None]) & (torch.arange(S) < ends[1:, None])
+    scores = torch.einsum("nqhd,shd->nqhs", q.view(n, most_q, H, D), k) / D**0.5
+    scores = scores.masked_fill(~inside[:, None, None], float("-inf"))
+    y = torch.einsum("nqhs,shd->nqhd", scores.softmax(-1).nan_to_num(), v)
+    logsumexp = torch.where(inside.any(-1)[:, None, None], scores.logsumexp(-1), float("inf"))
+    return y.reshape(q.shape), logsumexp.permute(2, 0, 1).reshape(H, -1)
 
 
 def compare(model, policy, engine, tokens=24, eos=(), **options):
@@ -235,20 +254,29 @@ def test_what_is_promised_is_the_median_token():
     assert speed.blocks_ms(states, {"4": 4.0, "2": 3.0, "1": 2.0, "0": 0.5}) == 9.0  # of 6.5, 9 and 10
 
 
-@pytest.mark.parametrize("N, K, compiled", [(64, 128, False), (33, 64, False), (96, 320, False), (33, 320, True)])
+@pytest.mark.parametrize("N, K, compiled", [(64, 128, False), (34, 64, False), (96, 320, False), (34, 320, True)])
+@torch.no_grad()
 def test_row_kernels_against_the_reference(N, K, compiled):
-    """What torch.compile gets, as it is and compiled (here for the CPU)."""
+    """What torch.compile gets, as it is and compiled (here for the CPU): a layer with all that may come before and after the product."""
     torch.manual_seed(0)
     w, x = torch.randn(N, K).bfloat16().float(), torch.randn(1, K).bfloat16()
+    root = RMSNorm(K, 1e-5)
+    torch.nn.init.uniform_(root.weight, 0.5, 2)
     codes, scale, zero = quant.quantize_int4(w)
     cases = {"bf16 compiled": ([w.bfloat16()], w),
              "int8 compiled": ([t if t.dtype == torch.int8 else t.bfloat16() for t in quant.quantize_int8(w)],
                                quant.dequantize_int8(*quant.quantize_int8(w))),
              "int4 compiled": ([quant.pack_nibbles(codes), torch.stack([scale, zero]).bfloat16()], quant.dequantize_int4(codes, scale, zero))}
     for name, (tensors, dense) in cases.items():
-        got = quant.row_product(name, x, tensors, N) if compiled else quant.ROW_KERNELS[name](x, *tensors)
-        want = x.float() @ dense.T
-        assert got.dtype == torch.bfloat16 and got.shape == (1, N) and (got - want).abs().max() < 0.01 * want.abs().max()
+        layer = quant.RoutedLinear(K, N, bias=True)
+        layer.load_state_dict({"weight": dense, "bias": torch.randn(N).bfloat16().float()}, assign=True)
+        for norm, glu, add in ((None, False, False), (root, True, True)) if compiled else itertools.product((None, root), (False, True), (False, True)):
+            n = N // (1 + glu)
+            residual = torch.randn(1, n).bfloat16() if add else None
+            args = (layer.bias, norm and norm.weight, 1e-5, residual, glu)
+            got = quant.row_product(name, x, tensors, n, *args) if compiled else uncompiled(name)(x, tensors, *args)
+            want = layer(x.float(), norm=norm, residual=residual, glu=glu)
+            assert got.dtype == torch.bfloat16 and got.shape == (1, n) and (got - want).abs().max() < 0.01 * want.abs().max()
 
 
 @torch.inference_mode()
@@ -256,34 +284,38 @@ def test_row_kernels_against_the_reference(N, K, compiled):
 def test_one_compilation_serves_parameters_copies_and_the_last_row_of_any_prompt(monkeypatch):
     """torch.compile guards on types and on every stride: what `row_product` passes on must not differ in them."""
     torch._dynamo.reset()
-    compiled = torch.compile(quant.bf16_row, backend="eager", fullgraph=True, dynamic=False)
+    layer = uncompiled("bf16 compiled")
+    compiled = torch.compile(lambda *args: layer(*args), backend="eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr(quant, "row_kernel", lambda name: compiled)
-    weight = torch.nn.Parameter(torch.randn(8, 64).bfloat16())
+    weight, norm = torch.nn.Parameter(torch.randn(8, 64).bfloat16()), torch.nn.Parameter(torch.randn(64).bfloat16())
     for x in (torch.randn(1, 64).bfloat16(), *(torch.randn(1, T, 64).bfloat16()[:, -1] for T in (2, 5))):
-        for w in (weight, weight.detach().clone()):
-            assert torch.equal(quant.row_product("bf16 compiled", x, [w], 8), quant.bf16_row(x, w))
+        for t in (lambda p: p, lambda p: p.detach().clone()):
+            rest = None, t(norm), 1e-5, x[:, :8], False
+            assert torch.equal(quant.row_product("bf16 compiled", x, [t(weight)], 8, *rest), layer(x, [weight], *rest))
 
 
 def test_a_product_inside_a_compiled_block_is_compiled_once(monkeypatch):
     """Whoever calls: `choose`, the first call of a compiled block, those after it. One that compiled in a capture would break it."""
     torch._dynamo.reset()
     made = []
-    kernel = torch.compile(quant.bf16_row, backend=lambda gm, _: made.append(1) or gm.forward, fullgraph=True, dynamic=False)
+    layer = uncompiled("bf16 compiled")
+    kernel = torch.compile(lambda *args: layer(*args), backend=lambda gm, _: made.append(1) or gm.forward, fullgraph=True, dynamic=False)
     monkeypatch.setattr(quant, "row_kernel", lambda name: kernel)
     weight, x = torch.nn.Parameter(torch.randn(8, 64).bfloat16(), requires_grad=False), torch.randn(1, 64).bfloat16()
     block = torch.compile(lambda x: quant.row_product("bf16 compiled", x * 2, [weight], 8), backend="aot_eager", fullgraph=True)
     quant.row_product("bf16 compiled", x, [weight], 8)
     with torch.inference_mode():
         for _ in range(3):
-            assert torch.equal(block(x), quant.bf16_row(x * 2, weight))
+            assert torch.equal(block(x), layer(x * 2, [weight], None, None, 0.0, None, False))
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("kind, change", [("llama", {}), ("qwen3", {"tie_word_embeddings": False})])
 @torch.no_grad()
 def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, kind, change):
-    """What is compiled takes no part in what differs, and decodes as the eager path does, attention in sums included."""
+    """What is compiled takes no part in what differs, and decodes as the eager path does, attention in parts included."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
     tiny_folder(tmp_path, kind, layers=6, **change)
     model, _ = load(str(tmp_path))
     model.quantize()
@@ -300,13 +332,14 @@ def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, 
 def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
     """What a GPU compiles, its weights in a GPU's layouts: the products stay calls, one graph for every block in a state."""
     torch._dynamo.reset()
-    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)
+    monkeypatch.setattr(quant, "row_kernel", uncompiled)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
     tiny_folder(tmp_path, layers=6, intermediate_size=128)
     model, _ = load(str(tmp_path), dtype=torch.bfloat16)
     model.quantize(real=True)
     for name, linear in [pair for block in model.blocks for pair in block.linears().items()]:
         int4 = quant.quantize_int4(linear.weight)
-        linear.kernel = "bf16 cublas" if name == "o" else "bf16 compiled"
+        linear.kernel = "bf16 compiled"
         linear.low = {1: quant.Int4Weight(*int4, torch.float32), 2: quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)}
         linear.low["fill"] = quant.Int4Weight(*(t[-2 * model.blocks[0].kv_size :] for t in int4), torch.float32)
         linear.low[2].kernel = "int8 compiled"
@@ -321,7 +354,7 @@ def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
 
 
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
-    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
+    monkeypatch.setattr(quant, "row_kernel", uncompiled)
     torch.manual_seed(0)
     w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
     int8, int4 = quant.Int8Weight(*quant.quantize_int8(w), torch.bfloat16), quant.Int4Weight(*quant.quantize_int4(w), torch.float32)
@@ -341,7 +374,7 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
 
 
 def test_a_layer_takes_its_kernel_for_one_row_and_a_product_for_more(monkeypatch):
-    monkeypatch.setattr(quant, "row_kernel", quant.ROW_KERNELS.get)  # uncompiled
+    monkeypatch.setattr(quant, "row_kernel", uncompiled)
     w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
     full, bias = quant.RoutedLinear(128, 48, bias=True).requires_grad_(False), torch.randn(48).bfloat16()
     full.load_state_dict({"weight": w.bfloat16(), "bias": bias}, assign=True)

@@ -71,7 +71,7 @@ def test_flexidepth_is_its_formula(six):
     run = g[:, 0] > 0.5
     assert run.any() and not run.all() and torch.equal(policy.states[6, 0] == 4, run) and torch.equal(policy.states[7], policy.states[6])
     assert torch.equal(seen[7][~run], x[~run])
-    mlp, (gated, wide) = block.mlp(block.norm2(seen[7]), 4), (norm(x) @ gate.adapter[0].weight.T).chunk(2, -1)
+    mlp, (gated, wide) = block.mlp(4, seen[7]) - seen[7], (norm(x) @ gate.adapter[0].weight.T).chunk(2, -1)
     adapter = (F.silu(gated) * wide) @ gate.adapter[1].weight.T
     expected = torch.where(run[:, None], seen[7] + g * mlp, x + (1 - g) * adapter)
     assert torch.allclose(seen[8], expected, atol=1e-5 * expected.abs().max())
