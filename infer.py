@@ -74,6 +74,11 @@ def block_into(out, block, x, s, scale, rope, bucket):
     out.copy_(Block.forward(block, x, 1, [(s, None)], lambda rows: (rows.float() * scale[0]).to(rows.dtype), rope, bucket))
 
 
+def head_into(out, model, x):
+    """The logits after the last block's output x (1, C), into `out` (vocab,) fp32."""
+    out.copy_(model.logits(model.norm(x))[0])
+
+
 def best_into(out, scorer, of_blocks, x, where, mu, costs):
     """For blocks whose `Scorer.of_blocks` is given the best s' for each s (Eq 18), into `out` (g, 4), from a hidden state x (1, C)."""
     q = scorer.q(scorer.features(x[None], where), *of_blocks)[0, 0]
@@ -89,8 +94,9 @@ class Engine:
 
         token     the id to run, from the host or the graph "head"
         position, rope, where, ends   where it stands, set by the graph "embed"
-        x         two rows: block i reads x[i % 2] and writes the other, so a scorer can still read block i's input while block i
-                  runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come.
+        h         block i reads h[i] and writes h[i + 1], two rows by turns, so a scorer can still read block i's input while block i
+                  runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come. h[0], the embedding, is
+                  never overwritten: a whole path can run again, as it does before its capture.
         mu, best  the price, from the host; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
         logits    from the graph "head"
 
@@ -120,7 +126,8 @@ class Engine:
         pinned = lambda t: torch.zeros(t.shape, dtype=t.dtype, pin_memory=cuda)
         self.token, self.position = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
         self.scale = new(self.L, 4, dtype=torch.float32)
-        self.x = [new(1, c.n_embd), new(1, c.n_embd)]
+        rows = [new(1, c.n_embd), new(1, c.n_embd)]
+        self.h = [new(1, c.n_embd), *(rows[i % 2] for i in range(self.L))]
         self.rope = [new(1, 1, c.head_dim), new(1, 1, c.head_dim)]
         self.where = new(1, 2, dtype=torch.float32)
         reach = min(self.size, c.block_size)
@@ -140,12 +147,12 @@ class Engine:
     # What the graphs do
 
     def run_embed(self):
-        self.fused(embed_into, self.x[0], [*self.rope, self.where], self.token, self.position, self.model.embed.weight, self.tables,
+        self.fused(embed_into, self.h[0], [*self.rope, self.where], self.token, self.position, self.model.embed.weight, self.tables,
                    self.ends, self.last)
 
     def run_block(self, i, s, size):
         bucket = Bucket(self.cache.kv[i], self.position, self.ends, self.starts, size)
-        self.fused(block_into, self.x[1 - i % 2], self.model.blocks[i], self.x[i % 2], s, self.scale[i], self.rope, bucket)
+        self.fused(block_into, self.h[i + 1], self.model.blocks[i], self.h[i], s, self.scale[i], self.rope, bucket)
 
     def run_path(self, path, size):
         for i, s in enumerate(path):
@@ -153,10 +160,10 @@ class Engine:
 
     def run_scorer(self, scorer, i, blocks):
         of_blocks = scorer.of_blocks(blocks)
-        self.fused(best_into, self.best[blocks[0] : blocks[-1] + 1], scorer, of_blocks, self.x[i % 2], self.where, self.mu, self.costs)
+        self.fused(best_into, self.best[blocks[0] : blocks[-1] + 1], scorer, of_blocks, self.h[i], self.where, self.mu, self.costs)
 
     def run_head(self):
-        self.logits.copy_(self.model.logits(self.model.norm(self.x[self.L % 2]))[0])
+        self.fused(head_into, self.logits, self.model, self.h[self.L])
         torch.argmax(self.logits, 0, keepdim=True, out=self.token)  # as it is: compiled, one multiprocessor would do it alone
 
     def fused(self, f, *args):

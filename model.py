@@ -286,12 +286,13 @@ class LLM(nn.Module):
         self.engine = None  # infer.Engine captured graphs over the old weights
 
     def ready_to_decode(self):
-        """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, each layer's faster product of one row."""
+        """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, kernels for one row; if the head's could be compiled,
+        so can they."""
         self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
         self.engine = None  # its graph has the old head
         for block in self.blocks:
             for linear in block.linears().values():
-                linear.choose_row()
+                linear.kernel = "bf16 compiled" if self.head_int8.kernel == "int8 compiled" else "reference"
 
     def quantize_for(self, policy):
         """Quantise for a policy unless that is done. ValueError where it goes with other INT4 codes; else errors as `quantize`."""

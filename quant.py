@@ -28,7 +28,6 @@ that are ours").
 import functools
 import hashlib
 import sys
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -443,23 +442,25 @@ CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or wh
 
 
 @functools.cache
-def compiled(f):
+def compiled(f, thorough=False):
     """f by torch.compile, compiled once for every shape and kept on disk by PyTorch. Kernels are searched for at length, and products of one row
-    become sums, which all multiprocessors share."""
+    become sums, which all multiprocessors share. thorough: also by changing two settings of a kernel at once, where one alone does not help."""
     torch._dynamo.config.recompile_limit = 256
-    return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
+    return torch.compile(f, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": thorough})
 
 
 @functools.cache
 def row_kernel(name):
     """A function with the arguments of `layer_of_one_row` after the first, or of aten's operator: x (n, K) and the tensors."""
     row = ROW_KERNELS[name]
-    return compiled(lambda *args: layer_of_one_row(row, *args)) if name.endswith("compiled") else row
+    if not name.endswith("compiled"):
+        return row
+    return compiled(lambda *args: layer_of_one_row(row, *args), thorough=row is not int4_row)  # its search takes minutes, and loses to aten
 
 
 @torch.library.custom_op("dash::row_product", mutates_args=())
-def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, bias: Optional[torch.Tensor] = None,
-                norm: Optional[torch.Tensor] = None, eps: float = 0.0, residual: Optional[torch.Tensor] = None, glu: bool = False) -> torch.Tensor:
+def row_product(name: str, x: torch.Tensor, tensors: list[torch.Tensor], N: int, bias: torch.Tensor | None = None,
+                norm: torch.Tensor | None = None, eps: float = 0.0, residual: torch.Tensor | None = None, glu: bool = False) -> torch.Tensor:
     """x (n, K) bf16 -> (n, N) by a kernel of ROW_KERNELS; aten's take none of what follows N, and those that are compiled n = 1. An operator of
     its own, so that torch.compile of a whole block leaves it alone: inlined, what comes before it would be computed again for every row of
     the weight."""
@@ -568,12 +569,6 @@ class RoutedLinear(nn.Module):
         return y if residual is None else residual + y
 
     __call__ = forward  # without nn.Module's look for hooks, 120 times a token
-
-    @torch.no_grad()
-    def choose_row(self):
-        """On a GPU in bf16, what computes one row in state 4."""
-        if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
-            self.kernel = choose((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()), self.weight.device)
 
     @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):

@@ -158,6 +158,23 @@ def test_engine_equals_eager_decoding(tmp_path, kind, change, horizon):
         compare(model, fixed, engine)
 
 
+@torch.no_grad()
+def test_what_runs_before_a_capture_leaves_no_trace(tmp_path):
+    """A GPU runs all that a graph will run twice before it captures it: in the middle of a token, for the first block or path of a bucket."""
+    class Twice(Engine):
+        def capture(self, f, stream):
+            f()
+            f()
+            return f
+
+    tiny_folder(tmp_path, layers=6)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+    engine = Twice(model, 200)
+    for policy in (None, Fixed([4, 0, 2, 1, 4, 0]), random_policy(model, 0, 1), random_policy(model, 0, 6)):
+        compare(model, policy, engine)  # over a bucket's end
+
+
 @pytest.mark.parametrize("horizon", [1, 2, 6])
 @torch.no_grad()
 def test_any_order_that_streams_allow_gives_the_same(tmp_path, horizon):
@@ -189,7 +206,7 @@ def test_the_shuffle_finds_a_race(tmp_path):
     class OneRow(Shuffled):
         def run_block(self, i, *rest):
             super().run_block(i, *rest)
-            self.x[i % 2].copy_(self.x[1 - i % 2])
+            self.h[i].copy_(self.h[i + 1])
 
     for Wrong in (NoWait, OneRow):
         with pytest.raises(AssertionError):
@@ -235,8 +252,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(tiny, capsys, monkeyp
     engine = Engine(model, 200)
     engine.compiled = lambda f: f.no_such_thing
     compare(model, random_policy(model, 0), engine)
-    assert all("no_such_thing" in v["kernel"] for v in found.values()) and set(found) == {("embed_into",), ("block_into",), ("best_into",)}
-    assert len(capsys.readouterr().err.strip().splitlines()) == 3  # each once
+    assert all("no_such_thing" in v["kernel"] for v in found.values()) and set(found) == {("embed_into",), ("block_into",), ("head_into",), ("best_into",)}
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4  # each once
 
 
 def test_buckets():
@@ -325,7 +342,7 @@ def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, 
     compare(model, Fixed([4, 0, 0, 1, 1, 1], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), engine, 10)
     for horizon in (1, 6):
         compare(model, random_policy(model, horizon, horizon), engine, 10)
-    assert not engine.plain and {f: made.count(f) for f in made} == {"embed_into": 1, "block_into": 4, "best_into": 2}  # a state, a horizon
+    assert not engine.plain and {f: made.count(f) for f in made} == {"embed_into": 1, "block_into": 4, "head_into": 1, "best_into": 2}  # a state, a horizon
 
 
 @torch.no_grad()
@@ -350,7 +367,7 @@ def test_a_compiled_block_calls_the_row_kernels(tmp_path, monkeypatch):
     engine.compiled = functools.cache(lambda f: torch.compile(f, backend=lambda gm, _: calls.append((f.__name__, count(gm))) or gm.forward,
                                                               fullgraph=True, dynamic=False))
     compare(model, Fixed([4, 0, 2, 1, 1, 4], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), engine, 10)
-    assert not engine.plain and sorted(calls) == [("block_into", 1), *[("block_into", 4)] * 3, ("embed_into", 0)]
+    assert not engine.plain and sorted(calls) == [("block_into", 1), *[("block_into", 4)] * 3, ("embed_into", 0), ("head_into", 0)]
 
 
 def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(monkeypatch):
@@ -489,19 +506,20 @@ def test_on_a_gpu(tmp_path):
             outs = [generate(gpu, speed.IDS, PROMPT, policy, 60, sync=sync) for sync in (False, True, False)]  # into the next bucket
             for out in outs[1:]:
                 assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
-            fixed, rows = Fixed(outs[0]["states"][:, None], policy.scale), []
             ids = torch.tensor([PROMPT + outs[0]["tokens"]])[:, : outs[0]["states"].shape[1]]
             start = outs[0]["prompt_tokens"]
-            with torch.inference_mode():
-                engine = gpu.engine
-                engine.wait()
-                engine.cache.length = 0
-                gpu.hidden(ids[:, :start].cuda(), fixed, engine.cache)
-                engine.start(fixed, start)
-                for t in range(start, ids.shape[1]):
-                    engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
-            want = cpu(ids, fixed)[0, start:]
-            assert (torch.stack(rows) - want).abs().max() < 0.05 * want.abs().max()
+            for states in (outs[0]["states"][:, None], outs[0]["states"][:, -1]):  # as recorded, and one path for all tokens, one graph
+                fixed, rows = Fixed(states, policy.scale), []
+                with torch.inference_mode():
+                    engine = gpu.engine
+                    engine.wait()
+                    engine.cache.length = 0
+                    gpu.hidden(ids[:, :start].cuda(), fixed, engine.cache)
+                    engine.start(fixed, start)
+                    for t in range(start, ids.shape[1]):
+                        engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
+                want = cpu(ids, fixed)[0, start:]
+                assert (torch.stack(rows) - want).abs().max() < 0.05 * want.abs().max()
     assert not gpu.engine.plain
 
 
