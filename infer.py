@@ -60,7 +60,7 @@ class Bucket:
 
 def embed_into(x, here, token, position, weight, tables, ends, last):
     """Move on to the next position: the token's embedding into x (1, C), the position's row of each table into `here`, and into `ends` how far
-    the slots that it may see reach into each part; last: how far that part can."""
+    the slots that it may see reach into each part; last: where each part ends when it is full."""
     position.add_(1)
     x.copy_(weight[token])
     for to, table in zip(here, tables):
@@ -88,15 +88,15 @@ def best_into(out, scorer, of_blocks, x, where, mu, costs):
 class Engine:
     """Decodes one sequence: graphs on the device, decisions on a second stream, launches by the host (batch 1).
 
-    Every (block, state, bucket) is a CUDA graph of the one `Block.forward`, captured at its first use; a path that is the same for every token
-    is one graph. All that crosses from one graph to another, or to the host, is a tensor made here, outside the graphs' pools, at an address
-    that never changes:
+    Every (block, state, bucket) is a CUDA graph of the one `Block.forward`, captured at its first use; the full model's blocks are one graph a
+    bucket. All that crosses from one graph to another, or to the host, is a tensor made here, outside the graphs' pools, at an address that
+    never changes:
 
         token     the id to run, from the host or the graph "head"
         position, rope, where, ends   where it stands, set by the graph "embed"
         h         block i reads h[i] and writes h[i + 1], two rows by turns, so a scorer can still read block i's input while block i
-                  runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come. h[0], the embedding, is
-                  never overwritten: a whole path can run again, as it does before its capture.
+                  runs. Block i + 1 overwrites it, and is not launched before the scorer's answer has come. No block overwrites h[0],
+                  the embedding: all blocks can run again, as they do before the full model's capture.
         mu, best  the price, from the host; for each block and each s the best s' (Eq 18), copied to pinned memory behind an event
         logits    from the graph "head"
 
@@ -154,9 +154,9 @@ class Engine:
         bucket = Bucket(self.cache.kv[i], self.position, self.ends, self.starts, size)
         self.fused(block_into, self.h[i + 1], self.model.blocks[i], self.h[i], s, self.scale[i], self.rope, bucket)
 
-    def run_path(self, path, size):
-        for i, s in enumerate(path):
-            self.run_block(i, s, size if s else self.size)
+    def run_full(self, size):
+        for i in range(self.L):
+            self.run_block(i, 4, size)
 
     def run_scorer(self, scorer, i, blocks):
         of_blocks = scorer.of_blocks(blocks)
@@ -224,7 +224,6 @@ class Engine:
         self.scale[:, 0] = torch.tensor([1.0] * self.L if policy is None else policy.scale)
         self.routed = isinstance(policy, Policy)
         self.given = policy.given.shape[2] if isinstance(policy, Fixed) and policy.given.dim() == 3 else math.inf  # recorded states end
-        self.constant = policy is None or isinstance(policy, Fixed) and policy.given.dim() == 1
         if self.routed:
             self.costs.copy_(policy.costs)
         for stream in (self.main, self.side):
@@ -245,9 +244,9 @@ class Engine:
             with self.backend.stream(self.main if self.sync else self.side):
                 self.copy(self.mu, self.host_mu)
         self.embed()
-        if self.constant:
+        if self.policy is None:
             size = bucket_of(self.length)
-            self.graph((tuple(self.path), size), self.main, self.run_path, self.path, size)()
+            self.graph(("full model", size), self.main, self.run_full, size)()
         else:
             for i in range(len(self.path)):
                 self.block(i)

@@ -22,6 +22,7 @@ import gc
 import hashlib
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -177,6 +178,8 @@ class Block(nn.Module):
     def linears(self):
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
 
+    # The functions of `run`: a state, and rows in it
+
     def project(self, s, x):
         return self.qkv(x, s, norm=self.norm1) if s else F.pad(self.qkv(x, "fill", norm=self.norm1), (self.q_size, 0))
 
@@ -186,11 +189,11 @@ class Block(nn.Module):
         mask: None, or which positions may be attended to: (B, 1, 1, S) bool, or for one token `ends` and `starts` of `attend_in_parts`.
         """
         B, T, H, D = q.shape
-        if isinstance(mask, tuple) and torch.compiler.is_compiling():
-            return attend_in_parts(q.view(k.shape[2], -1, D), k[0], v[0], *mask).reshape(1, H * D)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if isinstance(mask, tuple):
-            mask = (torch.arange(k.shape[2], device=k.device) < mask[0][-1]).view(1, 1, 1, -1)
+            if torch.compiler.is_compiling() and q.dtype != torch.float32:  # FlashAttention takes 16 bits
+                return attend_in_parts(q.view(k.shape[2], -1, D), k[0], v[0], *mask).reshape(1, H * D)
+            mask = (torch.arange(k.shape[1], device=k.device) < mask[0][-1]).view(1, 1, 1, -1)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if T == 1:  # no order, so the heads that share a key-value head can pass as its positions: 5x faster than enable_gqa
             y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, mask)
         else:
@@ -199,6 +202,9 @@ class Block(nn.Module):
                 mask = past if mask is None else past & mask
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
         return y.reshape(B * T, H * D)
+
+    def output(self, s, attended, x):
+        return self.o(attended, s, residual=x)
 
     def mlp(self, s, h):
         return self.down(self.gate_up(h, s, norm=self.norm2, glu=True), s, residual=h)
@@ -223,7 +229,7 @@ class Block(nn.Module):
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
         y = self.attend(q, k, v, mask if seen is None else seen)
-        h = run(executed, lambda s, y, x: self.o(y, s, residual=x), x.shape[1], y, x)
+        h = run(executed, self.output, x.shape[1], y, x)
         if len(executed) < len(groups):
             skipped = groups[0][1]
             h[skipped] = skip(scale, x[skipped])
@@ -281,18 +287,43 @@ class LLM(nn.Module):
         for i, block in enumerate(self.blocks):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
+        if real:
+            self.check_rows(4, 2, 1)
         self.quantized = True
         self.int4 = int4
         self.engine = None  # infer.Engine captured graphs over the old weights
 
     def ready_to_decode(self):
-        """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, kernels for one row; if the head's could be compiled,
-        so can they."""
+        """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, each layer's kernel for one row."""
         self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
         self.engine = None  # its graph has the old head
         for block in self.blocks:
             for linear in block.linears().values():
-                linear.kernel = "bf16 compiled" if self.head_int8.kernel == "int8 compiled" else "reference"
+                linear.choose_row()
+        self.check_rows(4)
+
+    @torch.inference_mode()
+    def check_rows(self, *states):
+        """On a GPU, whether a block gives one row, by kernels for one row, what it gives two, by plain products; if not, or if a kernel cannot be
+        compiled, no layer uses them, and it says so."""
+        if not any(linear.kernel != "reference" for linear in self.blocks[0].linears().values()):
+            return
+        x = torch.randn(1, self.config.n_embd, device=self.embed.weight.device).to(self.embed.weight.dtype)
+        rope = self.rope(0, 1)
+        try:
+            for s in states:
+                one, two = (self.blocks[0](x.expand(n, -1).contiguous(), n, [(s, None)], 1.0, rope) for n in (1, 2))
+                off = float((one - two[:1]).abs().max() / two.abs().max())
+                if not off < 0.05:
+                    raise ValueError(f"a block in state {s} is off by {off:.2g}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # whatever compilers raise
+            print(f"tokens take longer than they could: no kernels for one row, {type(e).__name__}: {e}".splitlines()[0][:200], file=sys.stderr)
+            for block in self.blocks:
+                for linear in block.linears().values():
+                    for weight in (linear, *linear.low.values()):
+                        weight.kernel = "reference" if weight.kernel.endswith("compiled") else weight.kernel
 
     def quantize_for(self, policy):
         """Quantise for a policy unless that is done. ValueError where it goes with other INT4 codes; else errors as `quantize`."""

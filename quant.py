@@ -252,7 +252,7 @@ class FakeWeight:
 
 
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack (measured, results/NOTES.md)
-MANY_INT4 = 128  # rows from which dequantising beats aten's INT4 kernel on a GPU (measured, results/NOTES.md)
+MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernel on a GPU (measured, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
 
@@ -422,6 +422,7 @@ def layer_of_one_row(row, x, tensors, bias, norm, eps, residual, glu):
     output, in the loop that makes the product, where reading the weight leaves time for it.
     """
     dtype, x = x.dtype, x[0].float()
+    # outputs are dimension 0 of a weight (N, K) and of a vector (N,), 1 of scale_zero (2, N, K / GROUP)
     halves = lambda t: t.chunk(2, max(0, t.dim() - 2)) if glu else [t]
     scale = 1.0
     if norm is not None:
@@ -455,7 +456,8 @@ def row_kernel(name):
     row = ROW_KERNELS[name]
     if not name.endswith("compiled"):
         return row
-    return compiled(lambda *args: layer_of_one_row(row, *args), thorough=row is not int4_row)  # its search takes minutes, and loses to aten
+    # a thorough search for int4_row takes minutes, and what it finds still loses to aten's kernels
+    return compiled(lambda *args: layer_of_one_row(row, *args), thorough=row is not int4_row)
 
 
 @torch.library.custom_op("dash::row_product", mutates_args=())
@@ -571,10 +573,17 @@ class RoutedLinear(nn.Module):
     __call__ = forward  # without nn.Module's look for hooks, 120 times a token
 
     @torch.no_grad()
+    def choose_row(self):
+        """On a GPU in bf16, the kernel for one row in state 4."""
+        if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
+            self.kernel = choose((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()),
+                                 self.weight.device)
+
+    @torch.no_grad()
     def quantize(self, real, fill_from=None, int4=None):
         """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights.
 
-        fill_from: the first row that a skipped block still runs (`fill`), or None; int4: (codes, scale, zero) chosen elsewhere, such as by
+        fill_from: the first row that a skipped block still runs (state "fill"), or None; int4: (codes, scale, zero) chosen elsewhere, such as by
         `gptq_int4`, or None to round to nearest.
         """
         dtype = self.weight.dtype

@@ -183,10 +183,15 @@ def speed(args):
 
     alone = lambda: statistics.median(repeat(no_blocks, number=1, repeat=50))
     half = with_blocks(model, model.blocks[: L // 2])
-    graphs = lambda: beside_blocks(step(), run(m=half)["step_s"], L)
-    overhead = statistics.median((graphs if device.type == "cuda" else alone)() for _ in range(args.rounds)) * 1000
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
-    table = block_times(*(total[name] for name in uniform), overhead, L)
+    blocks = [total[name] for name in uniform]
+    if device.type == "cuda":  # where the full model is one graph, and routed blocks are one each
+        both = in_rounds(args.rounds, {"all": lambda: step(Fixed([4] * L)), "half": lambda: run(Fixed([4] * (L // 2)), m=half)["step_s"]})
+        blocks[0], half_ms = (1000 * statistics.median(v) for v in both.values())
+        overhead = beside_blocks(blocks[0], half_ms, L)
+    else:
+        overhead = 1000 * statistics.median(alone() for _ in range(args.rounds))
+    table = block_times(*blocks, overhead, L)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
     routed, decisions, own = [], [], policy.horizon
@@ -222,7 +227,7 @@ def speed(args):
         "ratios": {"bf16 / transformers bf16": ratio(seconds, "transformers bf16", "all bf16") if "transformers bf16" in seconds else None,
                    "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
                    "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},
-        "latency_ms": table | {"overhead": overhead, "decision": decision}, "routed": routed,
+        "latency_ms": table | {"overhead": overhead, "full_overhead": total["all bf16"] - L * table["4"], "decision": decision}, "routed": routed,
         "first_token": {"prompt_tokens": len(tokenizer.encode(long_prompt)), "speedup_target": 1.67, "routed / full": ratio(values, "routed", "full"),
                         "full_s": statistics.median(values["full"])},
         "memory": {"bytes": sizes, "all precisions / bf16": sizes["all"] / sizes["bf16 model"]},
@@ -320,8 +325,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
         return in_rounds(rounds, contenders)
 
     contenders = {name: lambda path=path: step(path) for name, path in uniform_paths(L).items()}
-    contenders |= {"bf16 head": lambda: step(None, plain), "half the blocks": lambda: step(None, half),
-                   "a graph a block": lambda: step(Fixed(torch.full((L, 1, context + tokens), 4)))}  # as a routed token has it
+    contenders |= {"bf16 head": lambda: step(None, plain), "a graph a block": lambda: step(Fixed([4] * L)),  # as a routed token has it
+                   "half the blocks": lambda: step(Fixed([4] * (L // 2)), half)}
     try:
         theirs = transformers_model(config, device)
         contenders["transformers"] = lambda: transformers_step(theirs, ids.tolist(), tokens)
@@ -332,11 +337,10 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
     seconds = alternate(contenders)
     theirs = contenders = peer = None  # frees their weights
     ms = {k: 1000 * statistics.median(v) for k, v in seconds.items()}
-    overhead = beside_blocks(ms["bf16"], ms["half the blocks"], L)
-    table = block_times(ms["bf16"], ms["INT8"], ms["INT4"], ms["skipped"], overhead, L)
-    between = max(0.0, (ms["a graph a block"] - ms["bf16"]) / L)  # two graphs; those paths are one
-    table = {state: t + between for state, t in table.items()}
+    overhead = beside_blocks(ms["a graph a block"], ms["half the blocks"], L)
+    table = block_times(ms["a graph a block"], ms["INT8"], ms["INT4"], ms["skipped"], overhead, L)
     unit = table["4"] / 4
+    besides = ms["bf16"] / unit - 4 * L, overhead / unit  # of the full model and of a routed one
     costs = torch.tensor([table[s] / unit for s in ("0", "1", "2", "4")])
 
     sizes = model.bytes()
@@ -350,7 +354,7 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
 
     decisions, targets = [], (1.33, 1.67, 2.0)
     for horizon in (L, 1):
-        policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, (overhead / unit, overhead / unit))
+        policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, besides)
         for target in targets if horizon == L else targets[-1:]:
             policy.at(target)
             states = run(policy)["states"]

@@ -160,7 +160,7 @@ def test_engine_equals_eager_decoding(tmp_path, kind, change, horizon):
 
 @torch.no_grad()
 def test_what_runs_before_a_capture_leaves_no_trace(tmp_path):
-    """A GPU runs all that a graph will run twice before it captures it: in the middle of a token, for the first block or path of a bucket."""
+    """A GPU runs all that a graph will run twice before it captures it: in the middle of a token, for the first block of a bucket or all of them."""
     class Twice(Engine):
         def capture(self, f, stream):
             f()
@@ -390,6 +390,28 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
     assert (int4(x) - want).abs().max() < 0.02 * want.abs().max()
 
 
+@torch.no_grad()
+def test_kernels_for_one_row_are_tried_in_a_block_and_wrong_ones_not_used(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(quant, "row_kernel", uncompiled)
+    model, _ = load(str(tiny), dtype=torch.bfloat16)
+    model.quantize(real=True)
+    linears = [linear for block in model.blocks for linear in block.linears().values()]
+    for linear in linears:
+        linear.kernel = "bf16 compiled"
+        linear.low[2] = quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)
+        linear.low[2].kernel = "int8 compiled"
+    model.check_rows(4, 2, 1)
+    assert not capsys.readouterr().err and linears[0].kernel == "bf16 compiled"
+    for wrong in (lambda *args: 1.1 * quant.int8_row(*args), lambda x, codes, scale: x.no_such_thing):
+        for linear in linears:
+            linear.kernel, linear.low[2].kernel = "bf16 compiled", "int8 compiled"
+        monkeypatch.setitem(quant.ROW_KERNELS, "int8 compiled", wrong)
+        model.check_rows(4, 2, 1)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and ("state 2 is off by" in said or "no_such_thing" in said)
+        assert all(linear.kernel == linear.low[2].kernel == "reference" for linear in linears) and linears[0].low[1].kernel == "int4pack"
+
+
 def test_a_layer_takes_its_kernel_for_one_row_and_a_product_for_more(monkeypatch):
     monkeypatch.setattr(quant, "row_kernel", uncompiled)
     w, x = torch.randn(48, 128), torch.randn(5, 128).bfloat16()
@@ -508,8 +530,8 @@ def test_on_a_gpu(tmp_path):
                 assert out["tokens"] == outs[0]["tokens"] and torch.equal(out["states"], outs[0]["states"])
             ids = torch.tensor([PROMPT + outs[0]["tokens"]])[:, : outs[0]["states"].shape[1]]
             start = outs[0]["prompt_tokens"]
-            for states in (outs[0]["states"][:, None], outs[0]["states"][:, -1]):  # as recorded, and one path for all tokens, one graph
-                fixed, rows = Fixed(states, policy.scale), []
+            for fixed in (Fixed(outs[0]["states"][:, None], policy.scale), None):  # None: all blocks are one graph
+                rows = []
                 with torch.inference_mode():
                     engine = gpu.engine
                     engine.wait()

@@ -39,6 +39,8 @@ def test_latency_cost_by_hand(tmp_path):
     assert costs.tolist() == pytest.approx([0.5, 1.0, 1.5, 4.0]) and overhead == pytest.approx((10.0, 11.0))
     goal = P.goal_cost(2.0, 10, overhead)  # full: 8 + 2 ms, so routed may take 5 ms, of which 2.2 are no block's
     assert goal == pytest.approx((5 - 2.2) / 10 / 0.2)
+    (tmp_path / "gpu.json").write_text(json.dumps(json.loads(file.read_text()) | {"latency_ms": table | {"full_overhead": 1.0}}))
+    assert P.latency_costs(tmp_path / "gpu.json", "cpu", "f", 30)[1] == pytest.approx((5.0, 11.0))  # a GPU runs the full model as one graph
     with pytest.raises(FileNotFoundError, match="bench.py speed"):
         P.latency_costs(tmp_path / "none.json", "cpu", "f", 30)
     with pytest.raises(ValueError, match="another model .an owl."):
