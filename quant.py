@@ -17,7 +17,8 @@ Three things are kept apart on purpose:
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
                `bag_row`; on a GPU in bf16, for one row (aten's INT4: fewer than MANY_INT4), the fastest of `ROW_KERNELS` for
-               the shape, by measurement. For many rows INT8 multiplies by the codes and scales the output, INT4 on a GPU
+               the shape, by measurement; those that torch.compile makes do what comes before and after the product too
+               (`layer_of_one_row`). For many rows INT8 multiplies by the codes and scales the output, INT4 on a GPU
                dequantises; so does every case without a kernel ("reference"). `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
