@@ -288,7 +288,7 @@ class LLM(nn.Module):
             for name, linear in block.linears().items():
                 linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
         if real:
-            self.check_rows(4, 2, 1)
+            self.check_rows(2, 1)  # `ready_to_decode` has tried state 4
         self.quantized = True
         self.int4 = int4
         self.engine = None  # infer.Engine captured graphs over the old weights
@@ -306,7 +306,9 @@ class LLM(nn.Module):
     def check_rows(self, *states):
         """On a GPU, whether a block gives one row, by kernels for one row, what it gives two, by plain products; if not, or if a kernel cannot be
         compiled, no layer uses them, and it says so."""
-        if not any(linear.kernel != "reference" for linear in self.blocks[0].linears().values()):
+        linears = [linear for block in self.blocks for linear in block.linears().values()]
+        tried = [w for linear in linears for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
+        if not tried:
             return
         x = torch.randn(1, self.config.n_embd, device=self.embed.weight.device).to(self.embed.weight.dtype)
         rope = self.rope(0, 1)
@@ -320,10 +322,8 @@ class LLM(nn.Module):
             raise
         except Exception as e:  # whatever compilers raise
             print(f"tokens take longer than they could: no kernels for one row, {type(e).__name__}: {e}".splitlines()[0][:200], file=sys.stderr)
-            for block in self.blocks:
-                for linear in block.linears().values():
-                    for weight in (linear, *linear.low.values()):
-                        weight.kernel = "reference" if weight.kernel.endswith("compiled") else weight.kernel
+            for w in tried:
+                w.kernel = "reference"
 
     def quantize_for(self, policy):
         """Quantise for a policy unless that is done. ValueError where it goes with other INT4 codes; else errors as `quantize`."""

@@ -67,7 +67,8 @@ def latency_costs(path, device, fingerprint, horizon):
     decisions of a policy of this horizon.
 
     Returns costs (4,) with 4.0 for state 4, and what a token costs besides its blocks in the same units and summed over the
-    path: (full model, which on a GPU is one graph and so takes less; routed model with its decisions). FileNotFoundError or ValueError says what to run.
+    path: (full model, which on a GPU is one graph and so takes less; routed model with its decisions). FileNotFoundError or ValueError says
+    what to run.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: --cost latency needs the measured times; run python bench.py speed first")

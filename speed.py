@@ -48,7 +48,7 @@ def block_times(bf16, int8, int4, skipped, overhead, L):
 
 
 def uniform_paths(L):
-    """The policies whose times give the latency table: {name: policy, None for the full model}."""
+    """The policies whose times give the latency table: {name: policy, None for the full model, which for it runs on a GPU as Fixed([4] * L)}."""
     return {"bf16": None, "INT8": Fixed([2] * L), "INT4": Fixed([1] * L), "skipped": Fixed([4] + [0] * (L - 2) + [1])}
 
 
@@ -182,10 +182,10 @@ def speed(args):
         int(model.logits(model.norm(x))[0].argmax())
 
     alone = lambda: statistics.median(repeat(no_blocks, number=1, repeat=50))
-    half = with_blocks(model, model.blocks[: L // 2])
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     blocks = [total[name] for name in uniform]
     if device.type == "cuda":  # where the full model is one graph, and routed blocks are one each
+        half = with_blocks(model, model.blocks[: L // 2])
         both = in_rounds(args.rounds, {"all": lambda: step(Fixed([4] * L)), "half": lambda: run(Fixed([4] * (L // 2)), m=half)["step_s"]})
         blocks[0], half_ms = (1000 * statistics.median(v) for v in both.values())
         overhead = beside_blocks(blocks[0], half_ms, L)
