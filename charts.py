@@ -100,7 +100,7 @@ def speed(r):
         paths[f"dash, {how}"] = paths["all bf16"] * row["measured"]
     names = sorted(paths, key=paths.get)
     figure, [axes] = canvas(8, 0.4 * len(names) + 1.2)
-    kinds = {"dash": ("DASH", "tab:red"), "all ": ("one state for all", "tab:blue")}
+    kinds = {"dash": ("DASH", "tab:blue"), "all ": ("one state for all", "tab:orange")}
     bars = [{"kind": kinds.get(name[:4], ("other programs", "tab:gray")), "at": n, "value": paths[name]} for n, name in enumerate(names)]
     for (label, color), those in by(bars, "kind").items():
         drawn = axes.barh([bar["at"] for bar in those], [bar["value"] for bar in those], color=color, label=label)
@@ -118,14 +118,28 @@ def timeline(r):
     busy = lambda row: sum(e[3] for e in events if e[0] == row)
     streams = sorted({e[0] for e in events} - {"host"}, key=busy, reverse=True)
     rows = dict(zip(streams, ["main stream", "decision stream", *streams[2:]])) | {"host": "host"}
-    figure, [axes] = canvas(12, 3)
-    for y, row in enumerate(rows):
-        for wait, color in ((False, "tab:blue"), (True, "lightgray")):
-            bars = [e[2:] for e in events if e[0] == row and ("Synchronize" in e[1]) == wait]
-            axes.broken_barh(bars, (y - 0.4, 0.8), color=color)
-    axes.set(xlabel="milliseconds", title=f"One token, decided one block ahead, {r['shapes'][-1]['name']}, {r['device']}", yticks=range(len(rows)),
-             yticklabels=rows.values())
-    axes.invert_yaxis()
+    kinds = {"product of a layer": "tab:blue", "attention": "tab:orange", "the rest of a block": "tab:green", "scorer": "tab:red",
+             "call of the host": "dimgray", "host waits": "lightgray"}
+
+    def kind(row, name):
+        if row == "host":
+            return "host waits" if "Synchronize" in name else "call of the host"
+        if row != streams[0]:
+            return "scorer"
+        product = "tinygemm" in name or name.startswith("triton_red") and "sum" in name  # of INT4; of INT8 and bf16 (quant.layer_of_one_row)
+        return "attention" if "flash_fwd" in name else "product of a layer" if product else "the rest of a block"
+
+    figure, panels = canvas(12, 5.4, rows=2)
+    for axes in panels:
+        for label, color in kinds.items():
+            for y, row in enumerate(rows):
+                axes.broken_barh([e[2:] for e in events if e[0] == row and kind(*e[:2]) == label], (y - 0.4, 0.8), color=color, label=None if y else label)
+        axes.set(xlabel="milliseconds", yticks=range(len(rows)), yticklabels=rows.values())
+        axes.invert_yaxis()
+    asked = r["shapes"][-1]["routed"][-1]["speedup_target"]
+    panels[0].set(title=f"One token, decided one block ahead, {asked:g}x asked, {r['shapes'][-1]['name']}, {r['device']}")
+    panels[0].legend(fontsize="small", **BESIDE)
+    panels[1].set(xlim=(0, 0.6), title="its first 0.6 ms")
     return figure
 
 
@@ -140,7 +154,7 @@ def table(r):
     x, full, perplexity, choice = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity", r["metric"] == "accuracy"
     worth = lambda row: max(row["kl"], 1e-5) if choice else row["value"]
     methods = by([row for row in rows if "missing" not in row], "method")
-    figure, panels = canvas(14 if perplexity else 9, 5, 1 + perplexity)
+    figure, panels = canvas(15 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):
         colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
         if not choice:
@@ -158,8 +172,10 @@ def table(r):
                 axes.errorbar(middle, [row["value"] for row in rows], xerr=error(middle, [(min(r), max(r)) for r in rounds]), fmt="none",
                               ecolor=color, elinewidth=0.7, alpha=0.5)
             for row in rows if alone or near else ():
+                if not alone and row["value"] < 1.01 * full:
+                    continue  # too near to one another for labels
                 axes.annotate(method.upper() if alone else f"{row['target']:g}x", (row[x], worth(row)),
-                              xytext=(5, -12) if method == "static_mix" else (5, 5), textcoords="offset points",
+                              xytext=(5, -12) if method == "static_mix" or near and alone else (5, 5), textcoords="offset points",
                               fontsize="medium" if alone else "small", color=color)
         axes.set(xlabel="measured speedup of batch-1 decoding" if x == "measured" else "speedup in bits", ylabel="KL to the full model, nats" if choice else r["metric"],
                  title=f"{task_of(r)}, test{', near the full model (labels: speedup asked)' if near else ''}",
@@ -167,7 +183,7 @@ def table(r):
         axes.margins(0.08)
         if perplexity and not near and max(row["value"] for those in methods.values() for row in those) > 1e5:
             axes.set(ylim=(full / 2, 1e5), title=f"{axes.get_title()}; what is not seen lies above")
-        axes.legend(**{} if near else BESIDE)
+        axes.legend(**BESIDE)
     return figure
 
 
@@ -192,11 +208,12 @@ def frontier(r):
     for row in r["rows"][1:3]:
         panels[0].plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
         panels[0].annotate(row["method"], (row["speedup"], row["kl"]), xytext=(8, -14), textcoords="offset points")
-    panels[0].set(ylabel="KL to the full model, nats a token", title=f"What is lost, {task_of(r)} test text", yscale="log")
-    panels[1].set(ylabel="KL over that of the best static plan", title="At the same cost; random states lie above")
+    panels[0].set(ylabel="KL to the full model, nats a token, lower is better", title=f"What is lost, {task_of(r)} test text", yscale="log")
+    panels[1].set(ylabel="ratio of KLs, lower is better", title="The same, divided by the best static plan's at equal cost")
     for axes in panels:
         axes.set(xlabel="speedup in bits")
     panels[0].legend()
+    panels[1].text(0.98, 0.02, "random states lie above", ha="right", transform=panels[1].transAxes)
     return figure
 
 
