@@ -35,7 +35,7 @@ from pathlib import Path
 from charts import draw
 from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
-from evaluate import METHODS, TEXTS, rank
+from evaluate import METHODS, TEXTS, policy_path, rank
 from field import controllers, depth, kv, retain
 from multitoken import multitoken
 from oracle import hidden, oracle
@@ -48,7 +48,7 @@ def evaluate(args):
     metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
     unit, n = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], facts["n"]
     spread = "[{:.3f}, {:.3f}]".format(*row["interval"]) if n > 1 else "(one example has no interval)"
-    codes = facts["int4"] if facts["policy"] else f"{facts['int4']}, since {args.policy} is not there or of another model"
+    codes = facts["int4"] if facts["policy"] else f"{facts['int4']}, since {policy_path(args, task)} is not there or of another model"
     distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""
     print(f"{task}, {args.method}: {metric} {row['value']:.3f} {spread} (full model {full['value']:.3f}), {distance}"
           f"{row['speedup']:.3f}x in bits, {row['measured']:.2f}x measured; {n} {unit}, {facts['tokens']} tokens, "

@@ -126,7 +126,7 @@ def load_text(name, split, data_dir=None, choice=None):
         parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "cnn_dm":
-        articles = load_articles(name, split, data_dir)[:2000]  # the hub has 287,000 to train on, gigabytes for a few windows
+        articles = load_articles(split, data_dir)[:2000]  # the hub has 287,000 to train on, gigabytes for a few windows
         return "\n\n".join(f"{a['article']}\n\nTL;DR: {a['highlights']}" for a in articles)
     if name == "wikitext2":
         if data_dir is None:
@@ -183,10 +183,10 @@ def load_items(name, split, data_dir=None):
     return items[:cut] if split == "train" else items[cut:]
 
 
-def load_articles(name, split, data_dir=None):
-    """Articles of cnn_dm, from data_dir or the hub, or of a JSONL file: [{"id", "article", "highlights"}]. Errors name path and line."""
+def load_articles(split, data_dir=None):
+    """Articles of cnn_dm, from data_dir or the hub: [{"id", "article", "highlights"}]. Errors name path and line."""
     rows = []
-    for place, row in rows_of(name, split, data_dir):
+    for place, row in rows_of("cnn_dm", split, data_dir):
         if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("id", "article", "highlights")):
             raise ValueError(f"{place}: expected {{id, article, highlights}}, all text and none empty")
         rows.append(row)

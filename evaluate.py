@@ -73,7 +73,7 @@ def one_text(args):
 
 def some_articles(args, default):
     """Articles of cnn_dm, test: --limit, all with --full, or the default number."""
-    return load_articles("cnn_dm", "test", args.data_dir)[: args.limit or (None if args.full else default)]
+    return load_articles("test", args.data_dir)[: args.limit or (None if args.full else default)]
 
 
 def make_policy(method, speedup, known, model, policy, path):

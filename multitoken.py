@@ -150,9 +150,8 @@ def finetune(model, rows, tau, late, steps, checkpoint, lr=LR):
 def multitoken(args):
     """Measure, train, measure again for each tau, from the same weights.
 
-    args: model, data_dir, task, steps, limit (test windows), full, rounds, out (folder of checkpoints), resume, results, seed, device. Rows of the
-    result, one a tau: before, after: nats by place; each: after, by place and window; faster: tokens/s over the full model's, median of
-    alternating rounds; passes, token_blocks: shares of L; text: greedy.
+    Rows of the result, one a tau: before, after: nats by place; each: after, by place and window; faster: tokens/s over the full model's,
+    median of alternating rounds; passes, token_blocks: shares of L; text: greedy.
     """
     task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
     if args.task not in (None, task):

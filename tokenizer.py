@@ -20,7 +20,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from common import read_json
+from common import read_json, refusing
 
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -67,14 +67,14 @@ class Tokenizer:
     added: further tokens, text -> id, that are found in any text; ids that `encode` adds if asked: `template`, those before
     and those after; normalize(text, first): what is done to a text, or to a part between special tokens; whole: a piece that is a
     token is taken as it is (LLaMA-3's ignore_merges); unk: text of the token for what the vocabulary lacks, or None;
-    spaces: None for bytes, else whether `decode` takes one leading space away, and "▁" stands for a space.
+    of_bytes: the first kind, else the second; strip: whether `decode` takes one leading space away.
     """
 
     def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos="", added=None, template=((), ()),
-                 normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, spaces=None):
+                 normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, of_bytes=True, strip=False):
         self.vocab, self.special, self.added, self.template = vocab, special, added or {}, template
-        self.eos, self.chat_template, self.bos, self.normalize, self.spaces = tuple(eos), chat_template, bos, normalize, spaces
-        self.whole, self.unk, self.fuse_unk = whole, unk, fuse_unk
+        self.eos, self.chat_template, self.bos, self.normalize = tuple(eos), chat_template, bos, normalize
+        self.whole, self.unk, self.fuse_unk, self.of_bytes, self.strip = whole, unk, fuse_unk, of_bytes, strip
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
@@ -86,7 +86,7 @@ class Tokenizer:
         self.table = byte_characters()
         self.characters = {b: ch for ch, b in self.table.items()}
         self.texts = {i: self.bytes_of(text) for text, i in vocab.items()} | {i: t.encode() for t, i in self.known.items()}
-        self.byte_ids = {i for text, i in vocab.items() if spaces is not None and BYTE.fullmatch(text)}
+        self.byte_ids = {i for text, i in vocab.items() if not of_bytes and BYTE.fullmatch(text)}
         if not all(type(i) is int and i >= 0 for i in self.texts) or not {*template[0], *template[1]} <= self.texts.keys():
             raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
         self.vocab_size = max(self.texts) + 1
@@ -94,7 +94,7 @@ class Tokenizer:
         others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
         joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
         self.bpe = None
-        if spaces is None and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
+        if of_bytes and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
             learned = [*sorted((ch for ch in self.table if ch in vocab), key=vocab.get), *learned, *others]
             self.missing = [b for ch, b in self.table.items() if ch not in vocab]  # tiktoken wants all bytes; these never reach it
             ranks = {key: rank for rank, key in enumerate([*map(self.bytes_of, learned), *(bytes([b]) for b in self.missing)])}
@@ -103,18 +103,18 @@ class Tokenizer:
 
     def bytes_of(self, token):
         """The bytes that a token of the vocabulary stands for."""
-        if self.spaces is not None:
+        if not self.of_bytes:
             return bytes([int(token[3:5], 16)]) if BYTE.fullmatch(token) else token.replace("▁", " ").encode()
         return bytes(self.table[ch] for ch in token) if all(ch in self.table for ch in token) else token.encode()
 
     def encode_piece(self, piece):
         """A piece of text -> ids. What the vocabulary lacks becomes the bytes of LLaMA-2's kind, or unk, or is dropped."""
-        piece = piece if self.spaces is not None else "".join(self.characters[b] for b in piece.encode())
+        piece = "".join(self.characters[b] for b in piece.encode()) if self.of_bytes else piece
         if self.whole and piece in self.vocab:
             return [self.vocab[piece]]
         symbols = []
         for ch in piece:
-            bytes_ = [f"<0x{b:02X}>" for b in ch.encode()] if self.spaces is not None else []
+            bytes_ = [f"<0x{b:02X}>" for b in ch.encode()] if not self.of_bytes else []
             if ch in self.vocab:
                 symbols.append(ch)
             elif bytes_ and all(b in self.vocab for b in bytes_):
@@ -149,7 +149,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """list of ids -> text, that of the `tokenizers` package with special tokens kept; bytes that are no UTF-8 become U+FFFD."""
-        if self.spaces is None:
+        if self.of_bytes:
             return self.decode_bytes(ids).decode("utf-8", "replace")
         text = ""
         for _, run in itertools.groupby(map(int, ids), self.byte_ids.__contains__):
@@ -158,7 +158,7 @@ class Tokenizer:
                 text += run.decode()
             except UnicodeDecodeError:  # bytes to fall back on: all of a run or none
                 text += "\ufffd" * len(run)
-        return text[1:] if self.spaces and text[:1] == " " else text
+        return text[1:] if self.strip and text[:1] == " " else text
 
     def chat(self, messages):
         """[{"role", "content"}] -> ids of the model's own template with the assistant's turn opened.
@@ -193,7 +193,7 @@ def steps_of(part):
     return [part[name] for name in ("normalizers", "pretokenizers", "processors", "decoders") if name in part][0]
 
 
-def pattern_of(steps, merges, whole, where):
+def pattern_of(steps, merges, whole):
     """The pre_tokenizer steps of a tokenizer.json -> one regular expression, and whether it is for bytes. ValueError names what we lack."""
     kinds = [step["type"] for step in steps]
     if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
@@ -212,14 +212,14 @@ def pattern_of(steps, merges, whole, where):
         # One piece, the whole text. Where no token has a space after something else, no merge crosses there: the same, in small pieces
         crossing = whole or any("▁" in (a + b).lstrip("▁") for a, b in merges)
         return r"[\s\S]+" if crossing else "▁+[^▁]*|[^▁]+", False
-    raise ValueError(f"{where}: pre-tokenizer {json.dumps(steps)[:200]} is not supported; those of LLaMA, Mistral and Qwen are")
+    raise ValueError(f"pre-tokenizer {json.dumps(steps)[:200]} is not supported; those of LLaMA, Mistral and Qwen are")
 
 
-def normalizer_of(steps, where):
+def normalizer_of(steps):
     """The normalizer steps of a tokenizer.json, and Metaspace -> a function (text, first part of it or not) -> text."""
     for step in steps:
         if step["type"] not in ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Metaspace") and (step["type"] != "Replace" or "String" not in step["pattern"]):
-            raise ValueError(f"{where}: normalizer {step['type']} is not supported; NFC, Prepend and Replace are")
+            raise ValueError(f"normalizer {step['type']} is not supported; NFC, Prepend and Replace are")
 
     def normalize(text, first):
         for step in steps:
@@ -238,12 +238,12 @@ def normalizer_of(steps, where):
     return normalize
 
 
-def template_of(steps, where):
+def template_of(steps):
     """The post_processor steps of a tokenizer.json -> ids that it puts before a text, and after."""
     before, after = [], []
     for step in steps:
         if step["type"] not in ("ByteLevel", "TemplateProcessing"):
-            raise ValueError(f"{where}: post-processor {step['type']} is not supported; TemplateProcessing is")
+            raise ValueError(f"post-processor {step['type']} is not supported; TemplateProcessing is")
         single, ids = step.get("single", []), lambda part: step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
         at = next((n for n, part in enumerate(single) if "Sequence" in part), 0)
         before, after = [i for p in single[:at] for i in ids(p)] + before, after + [i for p in single[at + 1 :] for i in ids(p)]
@@ -264,37 +264,34 @@ def more_ends(folder):
 
 def tokenizer_from_json(folder):
     """A Hugging Face folder's tokenizer.json, tokenizer_config.json, generation_config.json -> Tokenizer."""
-    where = folder / "tokenizer.json"
-    data = read_json(where)
+    file = folder / "tokenizer.json"
+    data, ends = read_json(file), more_ends(folder)
     extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    try:
+    with refusing(file, "is no tokenizer that we can read", "give a LLaMA, Mistral or Qwen"):
         bpe = data["model"]
         if bpe["type"] != "BPE" or any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
-            raise ValueError(f"{where}: a BPE without dropout, prefix or suffix is supported, this is {bpe['type']}")
+            raise ValueError(f"a BPE without dropout, prefix or suffix is supported, this is {bpe['type']}")
         merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
         special, added, whole = {}, {}, bool(bpe.get("ignore_merges"))
         for t in data.get("added_tokens", []):
             if t.get("lstrip") or t.get("rstrip") or t.get("single_word") or not t["content"]:
-                raise ValueError(f"{where}: added token {t['content']!r}, empty or with lstrip, rstrip or single_word, is not supported")
+                raise ValueError(f"added token {t['content']!r}, empty or with lstrip, rstrip or single_word, is not supported")
             (special if t.get("special") else added)[t["content"]] = t["id"]
         steps = {name: steps_of(data.get(name)) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
-        pattern, of_bytes = pattern_of(steps["pre_tokenizer"], merges, whole, where)
+        pattern, of_bytes = pattern_of(steps["pre_tokenizer"], merges, whole)
         kinds = {step["type"] for step in steps["decoder"]}
         if kinds - ({"ByteLevel"} if of_bytes else {"Replace", "ByteFallback", "Fuse", "Strip"}) or not (of_bytes or bpe.get("byte_fallback")):
-            raise ValueError(f"{where}: decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
+            raise ValueError(f"decoder {'+'.join(sorted(kinds))} with this pre-tokenizer, or no byte_fallback, is not supported")
         normal = steps["normalizer"] + [step for step in steps["pre_tokenizer"] if step["type"] == "Metaspace"]
-        normalize = normalizer_of(normal, where)
+        normalize = normalizer_of(normal)
         normalize("a b", True)  # a step that lacks something: say so now
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [i for t, i in (added | special).items() if t == text(extra.get("eos_token"))]
-        eos += [i for i in more_ends(folder) if i not in eos]
+        eos += [i for i in ends if i not in eos]
         template = folder / "chat_template.jinja"
         template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         return Tokenizer(bpe["vocab"], merges, special, pattern, eos, template, text(extra.get("bos_token")), added,
-                         template_of(steps["post_processor"], where), normalize, whole, bpe.get("unk_token"),
-                         bool(bpe.get("fuse_unk")), None if of_bytes else "Strip" in kinds)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, regex.error) as e:
-        reason = str(e) if str(where) in str(e) else f"{where} is not a tokenizer that we can read: {e!r}"
-        raise ValueError(reason) from None
+                         template_of(steps["post_processor"]), normalize, whole, bpe.get("unk_token"),
+                         bool(bpe.get("fuse_unk")), of_bytes, "Strip" in kinds)

@@ -64,21 +64,21 @@ class Config:
                              f"heads, or head_dim {self.head_dim} is odd")
 
 
-def config_from_hf(c, where):
+def config_from_hf(c):
     """config.json as a dict -> Config. ValueError names what is missing or what we do not have."""
 
     def get(name, default=None):
         value = c.get(name)
         if value is None and default is None:
-            raise ValueError(f"{where}: {name!r} is missing; is this a LLaMA, Mistral or Qwen config.json?")
+            raise ValueError(f"{name!r} is missing; is this a LLaMA, Mistral or Qwen config.json?")
         return default if value is None else value
 
     def refuse(what):
-        raise ValueError(f"{where}: {what} is not supported")
+        raise ValueError(f"{what} is not supported")
 
     kind = c.get("model_type")
     if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise ValueError(f"{where}: architecture {kind!r} is not supported; llama, mistral, qwen2 and qwen3 are")
+        refuse(f"architecture {kind!r}")
     if c.get("hidden_act", "silu") != "silu":
         refuse(f"activation {c['hidden_act']!r} (silu is)")
     for name in ("attention_bias", "mlp_bias", "attn_logit_softcapping", "final_logit_softcapping", "dual_chunk_attention_config",
@@ -99,11 +99,11 @@ def config_from_hf(c, where):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         factors = tuple(rope.get(name) for name in names)
         if None in factors:
-            raise ValueError(f"{where}: RoPE scaling llama3 needs {', '.join(names)}")
+            raise ValueError(f"RoPE scaling llama3 needs {', '.join(names)}")
 
     n_embd, n_head, context = get("hidden_size"), get("num_attention_heads"), get("max_position_embeddings")
     if not isinstance(n_head, int) or n_head < 1 or not isinstance(n_embd, int):
-        raise ValueError(f"{where}: num_attention_heads is {n_head!r}, hidden_size {n_embd!r}")
+        raise ValueError(f"num_attention_heads is {n_head!r}, hidden_size {n_embd!r}")
     windowed = c.get("use_sliding_window") if kind.startswith("qwen") else True
     window = c.get("sliding_window", None if kind == "llama" else 4096) if windowed else None  # 4096: transformers' default
     if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
@@ -188,7 +188,10 @@ def read_hf(folder):
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing; give a folder in Hugging Face layout, saved by a recent transformers, or a hub id")
-    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    file = folder / "config.json"
+    c = read_json(file)
+    with refusing(file, "is no model that we have", "give a LLaMA, Mistral, Qwen2 or Qwen3"):
+        config = config_from_hf(c)
     return config, Shards(folder), tokenizer_from_json(folder)
 
 
@@ -280,12 +283,8 @@ def fetch_smollm2():
 def read_gguf(path):
     """A GGUF file like SmolLM2's (a LLaMA whose tokenizer splits digits) -> Config, tensors under transformers' names (fp32), Tokenizer.
     ValueError when it is damaged or another kind."""
-    try:
+    with refusing(path, "is damaged, or no GGUF file of a LLaMA", "delete it and run again to fetch it anew"):
         return parse_gguf(path)
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # the gguf package checks little: a damaged file ends in an error of any kind
-        raise ValueError(f"{path} is damaged, or no GGUF file of a LLaMA ({e!r:.150})") from None
 
 
 def parse_gguf(path):
@@ -293,6 +292,7 @@ def parse_gguf(path):
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, **order):
+            self.data = np.asarray(self.data)  # slices of a memmap take four times as long
             found = super()._get(offset, dtype, count, **order)
             if len(found) < count:  # else a damaged length is followed for ever
                 raise ValueError("cut short")

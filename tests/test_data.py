@@ -165,11 +165,11 @@ def test_bad_articles_are_named(tmp_path):
     (tmp_path / "cnn_dm").mkdir()
     file = tmp_path / "cnn_dm" / "test.jsonl"
     file.write_text(json.dumps(good) + "\n\n" + json.dumps(good))
-    assert load_articles("cnn_dm", "test", tmp_path) == [good, good]
+    assert load_articles("test", tmp_path) == [good, good]
     for line in ('{"id": "1", "article": 3, "highlights": "x"}', "[]", "{", '{"article": "a", "highlights": "b"}'):
         file.write_text(json.dumps(good) + "\n" + line)
         with pytest.raises(ValueError, match="test.jsonl, line 2"):
-            load_articles("cnn_dm", "test", tmp_path)
+            load_articles("test", tmp_path)
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "mmlu", "mmlu_5shot"])

@@ -186,7 +186,7 @@ def test_rows_are_the_same_from_the_hub_and_from_a_folder(hub, tmp_path):
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "wikitext2").mkdir(exist_ok=True)
         (folder / "wikitext2" / f"{split}.txt").write_text("".join(row["text"] for row in mark([{"text": t} for t in WIKI], "text")), encoding="utf-8")
-    everything = ("[[load_text('wikitext2', s, d), load_articles('cnn_dm', s, d), *[load_items(t, s, d) for t in ('arc_easy', 'arc_challenge', 'mmlu')]] "
+    everything = ("[[load_text('wikitext2', s, d), load_articles(s, d), *[load_items(t, s, d) for t in ('arc_easy', 'arc_challenge', 'mmlu')]] "
                   "for d in (None, DIR) for s in ('train', 'test')]").replace("DIR", repr(str(folder)))
     done = read(everything, env)
     assert done.returncode == 0, done.stderr
@@ -196,7 +196,7 @@ def test_rows_are_the_same_from_the_hub_and_from_a_folder(hub, tmp_path):
     assert train == train_there and test == test_there and train != test
     assert not any("validation" in path and "mmlu" not in path for path in asked if "/resolve/" in path)  # only the split that is read
     count = len(asked)
-    again = read("load_articles('cnn_dm', 'test')", env | {"HF_HUB_OFFLINE": "1"})
+    again = read("load_articles('test')", env | {"HF_HUB_OFFLINE": "1"})
     assert again.returncode == 0 and json.loads(again.stdout) == test[1] and len(asked) == count
 
 

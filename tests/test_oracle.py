@@ -114,7 +114,7 @@ def test_luck_of_summaries(tiny, data):  # noqa: F811
     pytest.importorskip("rouge_score")
     model, tokenizer = load(str(tiny))
     full, last = Fixed([4] * LAYERS, kv="none"), Fixed([4] + [0] * (LAYERS - 2) + [4], kv="none")
-    [article] = load_articles("cnn_dm", "test", data)[:1]
+    [article] = load_articles("test", data)[:1]
     score, halves, lucky, cost = oracle.rouges(model, tokenizer, article, [full, last, last], 3, torch.Generator().manual_seed(0))
     assert torch.equal(score, halves[:, 0]) and cost.tolist() == pytest.approx([1, 2 / LAYERS, 2 / LAYERS])
     drawn = lucky.sort(0).values

@@ -192,7 +192,7 @@ def test_a_choice_without_tokens_is_refused():
 
 
 def test_articles(data, tmp_path):
-    articles = load_articles("cnn_dm", "test", data)
+    articles = load_articles("test", data)
     assert len(articles) == 4 and set(articles[0]) == {"id", "article", "highlights"}
     assert articles[0]["highlights"] in load_text("cnn_dm", "train", data)
     (tmp_path / "cnn_dm").mkdir()
@@ -200,11 +200,11 @@ def test_articles(data, tmp_path):
     for bad, word in (("{", "line 2"), ('{"article": "a"}', "highlights"), ('{"article": 3, "highlights": "b"}', "all text"), ("[]", "line 2")):
         file.write_text(json.dumps(articles[0]) + "\n" + bad)
         with pytest.raises(ValueError, match="test.jsonl, line 2") as e:
-            load_articles("cnn_dm", "test", tmp_path)
+            load_articles("test", tmp_path)
         assert word in str(e.value)
     file.write_bytes(b'{"article": "\xff", "highlights": "a"}')
     with pytest.raises(ValueError, match="UTF-8"):
-        load_articles("cnn_dm", "test", tmp_path)
+        load_articles("test", tmp_path)
 
 
 def test_two_blocks_are_too_few(tmp_path):
