@@ -43,7 +43,8 @@ from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price,
 
 @dataclass
 class Known:
-    """What a method may go by: blocks, costs of the states (4,), seed, and what was measured on training text."""
+    """What a method may go by: blocks, costs of the states (4,), seed, and what was measured on training text, or None where it was not:
+    of the two damages, without a policy."""
 
     L: int
     costs: torch.Tensor
@@ -97,12 +98,17 @@ def observe(known, model):
     return found
 
 
+def floor(top):
+    """A limit as text, rounded down: what is named can be asked for."""
+    return f"{math.floor(100 * top) / 100:g}"
+
+
 def skips(known, speedup, fill=0.0):
     """How many of the blocks between first and last must be skipped for a speedup in bits, a float; fill: what a skip costs."""
     L = known.L
     number = L * (4 - 4 / speedup) / (4 - fill)
     if not 0 <= number <= L - 2:
-        raise ValueError(f"speedup {speedup:g} is out of reach by skipping: give 1 to {L / (L - (L - 2) * (1 - fill / 4)):.2f}")
+        raise ValueError(f"speedup {speedup:g} is out of reach by skipping: give 1 to {floor(L / (L - (L - 2) * (1 - fill / 4)))}")
     return number
 
 
@@ -160,12 +166,10 @@ class ConfidentExit(Fixed):
         self.threshold = threshold
 
     def decide(self, i, x, start):
-        if i == 0:
-            self.left = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        else:
-            self.left = self.left | (F.cosine_similarity(self.before.float(), x.float(), dim=-1) >= self.threshold)
+        if i:
+            left = (self.states[i - 1] == 0) | (F.cosine_similarity(self.before.float(), x.float(), dim=-1) >= self.threshold)
+            self.states[i] = torch.where(left, 0, 4)
         self.before = x
-        self.states[i] = torch.where(self.left, 0, 4)
 
 
 def confident_exit(known, speedup):
@@ -184,10 +188,10 @@ def skipdecode(known, speedup):
     first, last = max(0.0, 2 * mean - most), min(2 * mean, most)  # skipped at the first and the last position
 
     def draw(tokens):
-        B, T = tokens.shape
+        T = tokens.shape[1]
         number = (first + (last - first) * (torch.arange(T) + 0.5) / T).round()
         block = torch.arange(known.L)[:, None]
-        return Fixed(torch.where((block > 0) & (block <= number), 0, 4)[:, None].expand(-1, B, -1), kv="none")
+        return Fixed(torch.where((block > 0) & (block <= number), 0, 4)[:, None], kv="none")
 
     return draw
 
@@ -223,7 +227,7 @@ def adaskip(known, speedup):
     policy = AdaSkip(states, known.ratio.tolist(), 1.0)
     costs = bit_costs(known.config, policy)
     for i in similarity.argsort(descending=True).tolist():
-        if mean_cost(policy.given, costs) <= 4 / to_two_digits(speedup):
+        if mean_cost(policy.given, costs) <= 4 / to_two_digits(speedup) + 1e-6:
             return policy
         policy.given[i] = 0
         policy.threshold = float(similarity[i])
@@ -355,12 +359,17 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 # Comparison
 
 
+def for_tokens(policy, tokens):
+    """What `LLM.forward` takes: a policy, which may be an nn.Module, as it is, or what a function of the tokens (B, T) gives."""
+    return policy if policy is None or hasattr(policy, "decide") else policy(tokens)
+
+
 @torch.no_grad()
 def compare(model, examples, policies):
     """Each policy against the full model on examples: a list of dicts with means over examples.
 
     nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
-    right ones; speedup: in bits; states: shares; raw: states (L, N); each: nats, kl and accuracy of every example, for
+    right ones; speedup: in bits; states: shares; raw: states (L, N), of the full model a placeholder; each: nats, kl and accuracy of every example, for
     intervals. A policy given as None is the full model; a function of the tokens (B, T) gives one for every example.
     """
     rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": [], "spent": []} for _ in policies]
@@ -369,7 +378,7 @@ def compare(model, examples, policies):
         for row, policy in zip(rows, policies):
             routed = full
             if policy is not None:
-                policy = policy(example.rows) if callable(policy) else policy
+                policy = for_tokens(policy, example.rows)
                 routed = outcomes(model, model.hidden(example.rows, policy), example)[0]
                 states = policy.states[:, example.keep()].cpu()
                 row["states"].append(states)

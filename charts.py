@@ -34,6 +34,8 @@ def draw(file):
         return None
     with refusing(file, "lacks what its picture shows", "make it again with the command that it names"):
         figure = chart(read_json(file))
+    if figure is None:
+        return None
     figure.savefig(buffer, format="png", dpi=110, metadata={"Source": sha256(file)})
     write_whole(path, buffer.getvalue())
     return path
@@ -93,7 +95,7 @@ def train(r):
 def speed(r):
     """Tokens/s of every path, of DASH and of the peers; of the GPU suite one token's timeline."""
     if "timeline" in r:
-        return timeline(r)
+        return timeline(r) if r["timeline"] else None  # a run that was cut off has none
     paths = {name: v for name, v in r["tokens_per_second"].items() if name != "all skipped"}  # no model
     for row in r["routed"]:
         how = f"{row['speedup_target']:g}x asked{', decided one block ahead' if row['horizon'] == 1 else ''}"

@@ -87,7 +87,8 @@ def refusing(path, what, remedy):
     except Exception as e:  # whatever a damaged file leads to
         if NO_MEMORY in str(e):
             raise
-        raise ValueError(f"{path} {what} ({' '.join(str(e).split())[:200]}); {remedy}") from None
+        why = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} {what} ({why}); {remedy}") from None
 
 
 def write_safetensors(path, tensors, **meta):
@@ -98,7 +99,7 @@ def write_safetensors(path, tensors, **meta):
 def read_safetensors(path, maker="python train.py"):
     """What `write_safetensors` wrote -> (tensors, meta). Errors name the path, and the command that makes such a file."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing; make it with {maker}")
+        raise FileNotFoundError(f"{path} is missing or not a file; make it with {maker}")
     open(path, "rb").close()  # may not be read: says so itself
     with refusing(path, "is damaged or not ours", f"give another file, or move it away and make it anew with {maker}"), safe_open(path, "pt") as f:
         meta = json.loads((f.metadata() or {})["dash"])
@@ -278,7 +279,9 @@ def command_line(main):
             raise
         why = "this machine's memory is full; give a smaller --model, --limit, --samples or --max-new-tokens, or a shorter --prompt"
     except KeyboardInterrupt:
-        why = "interrupted; what was finished is kept, and train.py goes on from it with --resume"
+        why = "interrupted; what it had written is kept"
+        if Path(sys.argv[0]).name == "train.py":
+            why += ", and --resume goes on from it"
     print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
     sys.exit(2)
 

@@ -162,13 +162,14 @@ def load_items(name, split, data_dir=None):
             if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
                 raise ValueError("half a character: a surrogate stands alone")
             if type(answer) is not int or not 0 <= answer < len(choices):
-                raise ValueError(f"answer {str(answer)[:60]!r} is no index of the choices")
+                raise ValueError(f"answer {answer!r:.60} is no index of the choices")
             if name in ("mmlu", "mmlu_5shot"):
                 item["subject"]  # which its prompt names
             kept = ("question", "choices", "answer") if name in ("arc_easy", "arc_challenge") else ("subject", "question", "choices", "answer")
             items.append({key: item[key] for key in kept if key in item} | {"place": place})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{place}: {e!r}; expected {{question, choices: [text, ...], answer: index}}") from None
+            why = f"no {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"{place}: {why}; expected {{question, choices: [text, ...], answer: index}}") from None
     if name == "mmlu_5shot":
         dev = load_items("mmlu", "dev", data_dir)
         for item in items:

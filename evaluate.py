@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 import baselines
-from baselines import bootstrap, compare, profile, public, sensitivities
+from baselines import bootstrap, compare, floor, for_tokens, profile, public, sensitivities
 from charts import draw
 from common import pick_device, read_json, save_result
 from data import load_articles, load_examples, load_text, n_tokens, text_examples, windows
 from infer import generate, has_graphs
 from model import load
-from policy import Policy, bit_costs, most_speedup, speedup_bits, state_shares
+from policy import Fixed, Policy, bit_costs, most_speedup, speedup_bits, state_shares
 from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, up_to
 
 
@@ -80,7 +80,7 @@ def make_policy(method, speedup, known, model, policy, path):
     """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name (baselines.py); measures what it goes by."""
     top = most_speedup(known.L, bit_costs(model.config))
     if method not in ALONE and not 1 <= speedup <= top:
-        raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {top:.2f}")
+        raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {floor(top)}")
     if method in ("dash", "position_mix") and policy is None:
         read_policy(path, model, True)  # says why there is none
     if method == "dash":
@@ -98,7 +98,7 @@ def make_policy(method, speedup, known, model, policy, path):
 
 def with_kv(policy, kv):
     """A policy, or a function that gives one, with another way to keep the keys and values of skipped tokens."""
-    if callable(policy):
+    if not hasattr(policy, "decide"):
         return lambda tokens: with_kv(policy(tokens), kv)
     policy.kv = kv
     return policy
@@ -128,9 +128,8 @@ def measured_speedup(model, tokenizer, policy, prompt, rounds):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of alternating pairs of runs of 32
     tokens, or of as many as AdaSkip needs to spend most of them after its warm-up."""
     tokens = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32
-    routed = policy
-    if callable(policy):  # what it does along a text, all of it on the tokens that are timed
-        routed = policy(torch.zeros(1, tokens))
+    routed = for_tokens(policy, torch.zeros(1, tokens))
+    if routed is not policy and isinstance(routed, Fixed):  # what it does along a text, all of it on the tokens that are timed
         read = len(tokenizer.encode(prompt, add_special_tokens=True))
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
@@ -172,7 +171,7 @@ def summaries(model, tokenizer, articles, policies):
         for article in articles:
             prompt, chat = summary_prompt(model, tokenizer, article)
             ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
-            routed = policy(torch.zeros(1, len(ids) + SUMMARY)) if callable(policy) else policy
+            routed = for_tokens(policy, torch.zeros(1, len(ids) + SUMMARY))
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
             states.append(out["states"])
@@ -302,7 +301,7 @@ def variant(policy, model, examples, speedups, goals=None, **change):
     top = most_speedup(model.config.n_layer, bit_costs(model.config))
     for s in speedups:
         if not 1 <= s <= top:
-            raise ValueError(f"speedup {s:g} is out of reach: give 1 to {top:.2f}")
+            raise ValueError(f"speedup {s:g} is out of reach: give 1 to {floor(top)}")
     policy = copy.copy(policy)
     for name, value in change.items():
         setattr(policy, name, value)

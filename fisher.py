@@ -48,17 +48,18 @@ class Gates(torch.autograd.Function):
 
 
 class Gated:
-    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8. fill_from: of qkv, the first row of k and v."""
+    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
 
-    def __init__(self, linear, gates, fill_from=None):
-        self.linear, self.gates, self.fill_from = linear, gates, fill_from
+    def __init__(self, linear, gates):
+        self.linear, self.gates = linear, gates
 
     def __call__(self, x):
         y = F.linear(x, self.linear.weight)
         with torch.no_grad():
             int4, int8 = self.linear.low[1](x) - y, self.linear.low[2](x) - y
         # a skipped token's keys and values are in INT4
-        return Gates.apply(y, self.gates, None if self.fill_from is None else int4[:, self.fill_from :], int4, int8)
+        fill_from = self.linear.fill_from
+        return Gates.apply(y, self.gates, None if fill_from is None else int4[:, fill_from:], int4, int8)
 
 
 def drawn_slope(model, hidden, example, generator):
@@ -77,32 +78,32 @@ def drawn_slope(model, hidden, example, generator):
     return torch.autograd.grad(logp[pick], hidden)[0]
 
 
-def fisher_labels(model, example, scale, generator, inputs=None):
-    """Half the squared derivative of log p(targets) by every gate, for one draw of the targets.
+def fisher_labels(model, example, scale, generator):
+    """Half the squared derivative of log p(targets) by every gate, for one draw of the targets; and every block's input.
 
     Example with N tokens -> (N, L - 1, 3): blocks 2..L by skip, INT4, INT8; nats, each the harm done to all that the example
-    predicts. scale: a_i of every block; generator: of the draw. inputs: a dict that gets every block's input (R, T, C).
+    predicts; and [(R, T, C)]. scale: a_i of every block; generator: of the draw.
     """
     R, T = example.rows.shape
     L = len(model.blocks)
     x = model.embed(example.rows).flatten(0, 1)
     rope = model.rope(0, T)
     gates = [torch.zeros(3, R * T, device=x.device, requires_grad=True) for _ in range(L)]
+    inputs = []
     for i, (block, gate) in enumerate(zip(model.blocks, gates)):
-        if inputs is not None:
-            inputs[i] = x.detach().view(R, T, -1)
+        inputs.append(x.detach().view(R, T, -1))
         if i == 0:
             x = block(x, R, [(4, None)], 1.0, rope)
             continue
-        for name, linear in block.linears().items():
-            linear.low["gate"] = Gated(linear, gate, block.q_size if name == "qkv" else None)
+        for linear in block.linears().values():
+            linear.low["gate"] = Gated(linear, gate)
         y = block(x, R, [("gate", None)], 1.0, rope)
         x = y if i == L - 1 else Gates.apply(y, gate, (scale[i] * x - y).detach(), None, None)
         for linear in block.linears().values():
             del linear.low["gate"]
     hidden = model.norm(x).view(R, T, -1)
     slopes = torch.autograd.grad(hidden, gates[1:], drawn_slope(model, hidden.detach(), example, generator))
-    return (torch.stack(slopes).square() / 2).permute(2, 0, 1)[example.keep().flatten()]
+    return (torch.stack(slopes).square() / 2).permute(2, 0, 1)[example.keep().flatten()], inputs
 
 
 def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
@@ -114,22 +115,21 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     device = examples[0].rows.device
     plans = [i for i in range(L) if plan(i, L, horizon)]
     done = checkpoint.meta["step"]
-    parts = [checkpoint.tensors] if done else []
+    parts = [{k: t.to(device) for k, t in checkpoint.tensors.items()}] if done else []
     saved = 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):
         generator = torch.Generator().manual_seed(checkpoint.seed * 1000003 + n)
         keep = examples[n].keep()
-        inputs = {}
-        part = {"labels": fisher_labels(model, examples[n], scale, generator, inputs)}
-        part |= {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans}
-        part["position"] = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
+        labels, inputs = fisher_labels(model, examples[n], scale, generator)
+        position = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
+        part = {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans} | {"labels": labels, "position": position}
         parts.append(part)
-        saved += len(part["labels"])
+        saved += len(labels)
         if saved >= 4096 or n + 1 == len(examples):
-            parts = [{k: torch.cat([p[k].to(device) for p in parts]) for k in part}]
+            parts = [{k: torch.cat([p[k] for p in parts]) for k in part}]
             saved = 0
             checkpoint.write(n + 1, parts[0])
-    found = {k: t.to(device) for k, t in parts[0].items()}
+    [found] = parts
     return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"]
 
 
@@ -193,9 +193,8 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     labels[..., 0] = share * skip + (1 - share) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
-    table = mean.repeat(POSITIONS, 1, 1)
-    for p, t in enumerate(bucket(position)[None] == torch.arange(POSITIONS, device=position.device)[:, None]):
-        if t.any():
-            table[p] = labels[t].mean(0)
+    table, where = mean.repeat(POSITIONS, 1, 1), bucket(position)
+    for p in where.unique():
+        table[p] = labels[where == p].mean(0)
     pad = lambda t: F.pad(t, (0, 1, 1, 0)).cpu()  # a column for state 4 and a row for block 1: no damage
     return pad(mean), pad(table)

@@ -232,10 +232,6 @@ class Engine:
     def begin(self):
         """Launch what needs no answer of the token in `token`, which may be known to the device alone: the first block and the scorer that
         reads its output, or all blocks."""
-        if self.policy is None:
-            self.path = [4] * self.L
-        else:
-            self.path = [4] if self.routed else self.policy.window(self.length, 1)[:, 0, 0].tolist()
         self.begun = True
         self.early = None  # the state in which block 2 was launched before its plan came
         self.length += 1
@@ -245,9 +241,11 @@ class Engine:
                 self.copy(self.mu, self.host_mu)
         self.embed()
         if self.policy is None:
+            self.path = [4] * self.L
             size = bucket_of(self.length)
             self.graph(("full model", size), self.main, self.run_full, size)()
         else:
+            self.path = [4] if self.routed else self.policy.window(self.length - 1, 1)[:, 0, 0].tolist()
             for i in range(len(self.path)):
                 self.block(i)
         if self.routed and self.policy.horizon > 1 and self.L > 1:
@@ -258,7 +256,10 @@ class Engine:
                 self.launch(1, self.early)
 
     def block(self, i):
-        """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it."""
+        """Launch block i, and the scorer on its input where that decides blocks; wait for an answer only where block i needs it.
+
+        The scorer is asked before the block's launch with `sync`, or where its answer is for this very block (horizon 0); else after it,
+        behind an event that marks its input."""
         if self.asked and len(self.path) == i:
             self.take()
         blocks = plan(i, self.L, self.policy.horizon) if self.routed else ()
@@ -383,7 +384,6 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     cache = engine.cache if engine else KVCache(model, 1, len(ids) + most)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ran, new, seconds = [], [], []
-    token = None
     came = time.perf_counter()
 
     def sample(logits):
@@ -391,7 +391,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
 
     while True:
         if engine and new:
-            token, states = engine.step(token, sample if temperature > 0 else None, more=len(new) + 1 < most)
+            token, states = engine.step(new[-1], sample if temperature > 0 else None, more=len(new) + 1 < most)
         else:
             now = new[-1:] or ids
             logits = model.logits(model.hidden(torch.tensor([now], device=device), policy, cache)[:, -1])[0]
@@ -416,10 +416,11 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
             break
     if engine:
         engine.wait()
+    states = torch.cat(ran, 1)
     step_s = statistics.median(seconds[1:] or seconds)
     return {"text": tokenizer.decode_bytes(new).decode("utf-8", "replace"), "tokens": new, "prompt_tokens": len(ids),
-            "states": torch.cat(ran, 1),
-            "token_states": torch.stack([s[:, -1] for s in ran[: len(new)]], 1) if new else torch.empty(len(states), 0, dtype=torch.uint8),
+            "states": states,
+            "token_states": states[:, len(ids) - 1 :][:, : len(new)],
             "first_token_s": seconds[0], "step_s": step_s, "tokens_per_second": 1 / step_s}
 
 

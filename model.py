@@ -167,7 +167,7 @@ class Block(nn.Module):
         self.c = c
         self.q_size, self.kv_size = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
         self.norm1 = RMSNorm(c.n_embd, c.norm_eps)
-        self.qkv = RoutedLinear(c.n_embd, self.q_size + 2 * self.kv_size, bias=c.qkv_bias)
+        self.qkv = RoutedLinear(c.n_embd, self.q_size + 2 * self.kv_size, bias=c.qkv_bias, fill_from=self.q_size)
         self.o = RoutedLinear(self.q_size, c.n_embd)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
@@ -189,7 +189,7 @@ class Block(nn.Module):
         mask: None, or which positions may be attended to: (B, 1, 1, S) bool, or for one token `ends` and `starts` of `attend_in_parts`.
         """
         B, T, H, D = q.shape
-        if isinstance(mask, tuple):
+        if isinstance(mask, tuple):  # from infer.Bucket; as it is called without torch.compile, or in fp32, an ordinary mask of the slots so far
             if torch.compiler.is_compiling() and q.dtype != torch.float32:  # FlashAttention takes 16 bits
                 return attend_in_parts(q.view(k.shape[2], -1, D), k[0], v[0], *mask).reshape(1, H * D)
             mask = (torch.arange(k.shape[1], device=k.device) < mask[0][-1]).view(1, 1, 1, -1)
@@ -229,22 +229,12 @@ class Block(nn.Module):
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
         y = self.attend(q, k, v, mask if seen is None else seen)
-        h = run(executed, self.output, x.shape[1], y, x)
-        if len(executed) < len(groups):
-            skipped = groups[0][1]
-            h[skipped] = skip(scale, x[skipped])
-        return h
+        return run(groups, lambda s, y, x: self.output(s, y, x) if s else skip(scale, x), x.shape[1], y, x)
 
     def mlp_half(self, h, groups, scale=1.0):
         """h + MLP(RMSNorm(h)), or scale * h where the state is 0: (B * T, C) -> (B * T, C)."""
-        executed = [group for group in groups if group[0]]
-        if not executed:
-            return skip(scale, h)
-        out = run(executed, self.mlp, h.shape[1], h)
-        if len(executed) < len(groups):  # `forward` leaves `scale` at 1: attention_half has scaled a skipped block
-            skipped = groups[0][1]
-            out[skipped] = skip(scale, h[skipped])
-        return out
+        # `forward` leaves `scale` at 1: attention_half has scaled a skipped block
+        return run(groups, lambda s, h: self.mlp(s, h) if s else skip(scale, h), h.shape[1], h)
 
     def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
         """Run block i with every token in its state.
@@ -272,6 +262,10 @@ class LLM(nn.Module):
         self.head_int8 = None  # of generation (`ready_to_decode`)
         self.rope_table = self.engine = None  # made at first use: cos and sin; infer.Engine
 
+    def linears(self):
+        """All layers that have three precisions, {"BLOCK.LAYER": RoutedLinear}."""
+        return {f"{i}.{name}": linear for i, block in enumerate(self.blocks) for name, linear in block.linears().items()}
+
     @torch.inference_mode(False)
     def quantize(self, real=False, int4=None):
         """Give every block its INT8 and INT4 weights: real kernels, or dequantised weights for whole sequences.
@@ -284,9 +278,8 @@ class LLM(nn.Module):
         self.head_int8 = None
         if real:
             self.ready_to_decode()  # first: of a large model it needs gigabytes for a moment
-        for i, block in enumerate(self.blocks):
-            for name, linear in block.linears().items():
-                linear.quantize(real, block.q_size if name == "qkv" else None, codes.get(f"{i}.{name}"))
+        for name, linear in self.linears().items():
+            linear.quantize(real, codes.get(name))
         if real:
             self.check_rows(2, 1)  # `ready_to_decode` has tried state 4
         self.quantized = True
@@ -297,17 +290,15 @@ class LLM(nn.Module):
         """What generation wants of the full model too: an INT8 head for `logits` and, on a GPU, each layer's kernel for one row."""
         self.head_int8 = Int8Weight(*quantize_int8(self.head.weight), self.head.weight.dtype)
         self.engine = None  # its graph has the old head
-        for block in self.blocks:
-            for linear in block.linears().values():
-                linear.choose_row()
+        for linear in self.linears().values():
+            linear.choose_row()
         self.check_rows(4)
 
     @torch.inference_mode()
     def check_rows(self, *states):
-        """On a GPU, whether a block gives one row, by kernels for one row, what it gives two, by plain products; if not, or if a kernel cannot be
-        compiled, no layer uses them, and it says so."""
-        linears = [linear for block in self.blocks for linear in block.linears().values()]
-        tried = [w for linear in linears for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
+        """On a GPU: does the first block give one token, by the kernels for one row, what it gives two equal tokens by plain products? If not, or
+        if a kernel does not compile, none of these kernels is used, and one line on stderr says so."""
+        tried = [w for linear in self.linears().values() for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
         if not tried:
             return
         x = torch.randn(1, self.config.n_embd, device=self.embed.weight.device).to(self.embed.weight.dtype)
@@ -356,7 +347,7 @@ class LLM(nn.Module):
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
         state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
-        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth or other INT4 codes;
+        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth, an unknown kv or other INT4 codes;
         FileNotFoundError where its codes are missing.
         """
         B, T = tokens.shape
@@ -369,6 +360,8 @@ class LLM(nn.Module):
         if policy is not None:
             if len(policy.scale) not in (len(self.blocks), 2 * len(self.blocks)):
                 raise ValueError(f"this policy decides {len(policy.scale)} blocks or halves, and this model has {len(self.blocks)} blocks")
+            if policy.kv not in ("fill", "copy", "none"):
+                raise ValueError(f"a policy's kv is {policy.kv!r}; give fill, copy or none")
             self.quantize_for(policy)
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
         x = self.embed(tokens).view(B * T, -1)
@@ -380,19 +373,18 @@ class LLM(nn.Module):
         #   fill   keys and values of its own input; nothing to keep track of
         #   copy   those of `source` (B * T, C), its input to the last block that it ran
         #   none   nothing: `seen` (B, 1, 1, S) says which positions have any. Such holes stay in the cache, so whoever continues it looks too
-        # ran: who runs this block, (B, T) bool, or True for all
         holes = kv == "none" or (cache is not None and cache.written is not None)
-        ran = True
-        source = seen = None
+        source = x if kv == "copy" else None
+        seen = None
         for i, block in enumerate(self.blocks):
             row = i * rows
             if policy is not None:
                 policy.decide(row, x.view(B, T, -1), start)
                 groups, scale = by_state(policy.states[row]), policy.scale[row]
-            if holes or kv == "copy":
-                ran = policy is None or policy.states[row] > 0
-                source = torch.where(ran.view(-1, 1), x, x if source is None else source) if kv == "copy" else None
+            if kv == "copy":
+                source = torch.where(policy.states[row].view(-1, 1) > 0, x, source)
             if holes:
+                ran = policy is None or policy.states[row] > 0
                 seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
             if rows == 1:
                 x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen))
@@ -424,7 +416,7 @@ class LLM(nn.Module):
     def bytes(self):
         """Bytes of the weights: of the blocks by state plus the head that goes with it, of the plain bf16 model, of all."""
         size = lambda tensors: sum(t.nbytes for t in tensors)
-        linears = [m for m in self.modules() if isinstance(m, RoutedLinear)]
+        linears = self.linears().values()
         head = size(self.head_int8.tensors() if self.head_int8 else [self.head.weight])
         low = {s: size(t for m in linears if s in m.low for t in m.low[s].tensors()) for s in (1, 2, "fill")}
         int4 = [m.low[s] for m in linears for s in (1, "fill") if s in m.low]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import baselines
-from baselines import interval, spread
+from baselines import for_tokens, interval, spread
 from common import format_table
 from data import n_tokens, outcomes, pieces, text_examples
 from evaluate import (ASKED, SUMMARY, TEXTS, at_hand, folders, make_policy, one_text, policy_path, publish, rouge, some_articles, summaries,
@@ -53,7 +53,7 @@ def distances(model, examples, policies):
     for n, example in enumerate(tqdm(examples, desc="distances", leave=False)):
         keep, full = example.keep()[:, 1:], model.hidden(example.rows)
         for k, policy in enumerate(policies):
-            routed = model.hidden(example.rows, policy(example.rows) if callable(policy) else policy)
+            routed = model.hidden(example.rows, for_tokens(policy, example.rows))
             out[k, n] = (1 - F.cosine_similarity(full, routed, dim=-1)[:, 1:][keep]).mean()
     return out.clamp(min=0)  # rounding
 

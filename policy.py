@@ -127,23 +127,23 @@ class Scorer(nn.Module):
     """q(s' | h, i, s) for all s, s' and several blocks i from one hidden state.
 
     q is minus the damage that running block i in s' is expected to do, in nats, so state 4 has q = 0 (less lam times
-    the distance from s); the network gives the damage's logarithm. Two hidden layers of 128. Input: h RMS-normalised, standardised per channel (`mean`, `std`), clamped
-    to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a handful of small operators,
-    however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
+    the distance from s); the network gives the damage's logarithm. Two hidden layers of `width`. Input: h RMS-normalised, standardised
+    per channel (`mean`, `std`), clamped to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a
+    handful of small operators, however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     """
 
-    WIDTH, CLAMP, DROPOUT = 128, 5.0, 0.1
+    CLAMP, DROPOUT = 5.0, 0.1
 
-    def __init__(self, n_layer, n_embd, lam=0.0):
+    def __init__(self, n_layer, n_embd, lam=0.0, width=128):
         super().__init__()
         self.lam = lam
         self.register_buffer("mean", torch.zeros(n_embd))
         self.register_buffer("std", torch.ones(n_embd))
-        self.first = nn.Linear(n_embd + 2, self.WIDTH)
-        self.second = nn.Linear(self.WIDTH, self.WIDTH)
-        self.gain = nn.Parameter(torch.ones(n_layer, self.WIDTH))
-        self.shift = nn.Parameter(torch.zeros(n_layer, self.WIDTH))
-        self.third = nn.Linear(self.WIDTH, 4, bias=False)
+        self.first = nn.Linear(n_embd + 2, width)
+        self.second = nn.Linear(width, width)
+        self.gain = nn.Parameter(torch.ones(n_layer, width))
+        self.shift = nn.Parameter(torch.zeros(n_layer, width))
+        self.third = nn.Linear(width, 4, bias=False)
         self.bias = nn.Parameter(torch.zeros(n_layer, 4, 4))  # block, s, s': the logarithm of the static damage
         never = torch.zeros(n_layer, 1, 4)
         never[-1, :, 0] = -math.inf  # the last block is never skipped
@@ -169,7 +169,7 @@ class Scorer(nn.Module):
         return torch.cat([x, position.expand(B, T, 2)], dim=-1)
 
     def of_blocks(self, blocks):
-        """What is looked up by block, for a range of g 0-based numbers: gain and shift (g, 128), bias (g, 4, 4), never (g, 1, 4)."""
+        """What is looked up by block, for a range of g 0-based numbers: gain and shift (g, width), bias (g, 4, 4), never (g, 1, 4)."""
         return [t[blocks[0] : blocks[-1] + 1] for t in (self.gain, self.shift, self.bias, self.never)]
 
     def log_damage(self, features, gain, shift, bias):
@@ -446,8 +446,8 @@ class Policy:
         """Read a policy file. FileNotFoundError or ValueError names the path and the remedy."""
         tensors, meta = read_safetensors(path)
         with refusing(path, "is not a policy that we can use", "train one with python train.py"):
-            L, [width] = len(meta["scale"]), tensors["mean"].shape
-            scorer = Scorer(L, width, float(meta["lam"]))
+            L = len(meta["scale"])
+            scorer = Scorer(L, len(tensors["mean"]), float(meta["lam"]), len(tensors["first.bias"]))
             scorer.load_state_dict(tensors)
             policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]).float(), meta["fingerprint"],
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
@@ -477,9 +477,9 @@ def temperature(step, steps):
     return 0.1 ** (step / max(1, steps - 1))
 
 
-def sample(q, tau, generator=None):
-    """s' ~ softmax(q / tau) (Eq 11): q (..., 4) -> indices (...), int64. Gumbel's trick, on the generator's device."""
-    u = torch.rand(q.shape, generator=generator, device=generator.device if generator else q.device).to(q.device)
+def sample(q, tau, generator):
+    """s' ~ softmax(q / tau) (Eq 11): q (..., 4) -> indices (...), int64. Gumbel's trick, on the generator's device, the CPU."""
+    u = torch.rand(q.shape, generator=generator).to(q.device)
     return (q / tau - (-u.clamp(min=1e-20).log()).log()).argmax(-1)
 
 

@@ -205,16 +205,15 @@ def read_codes(path, model, whole=True):
     tensors = {k: t.to(model.embed.weight.device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
     codes = {}
     with refusing(path, "does not hold this model's INT4 codes", "delete it and run train.py again"):
-        for i, block in enumerate(model.blocks):
-            for name, linear in block.linears().items():
-                key, (N, K) = f"{i}.{name}", linear.weight.shape
-                if key + ".codes" not in tensors and not whole:
-                    continue
-                code = unpack_nibbles(tensors[key + ".codes"], int(tensors[key + ".width"]))
-                scale, zero = tensors[key + ".scale"].float(), tensors[key + ".zero"].float()
-                if code.shape != (N, K) or not all(t.shape == (N, -(-K // GROUP)) and t.isfinite().all() for t in (scale, zero)):
-                    raise ValueError(f"{key} has another shape, or values that are not finite")
-                codes[key] = code, scale, zero
+        for key, linear in model.linears().items():
+            N, K = linear.weight.shape
+            if key + ".codes" not in tensors and not whole:
+                continue
+            code = unpack_nibbles(tensors[key + ".codes"], int(tensors[key + ".width"]))
+            scale, zero = tensors[key + ".scale"].float(), tensors[key + ".zero"].float()
+            if code.shape != (N, K) or not all(t.shape == (N, -(-K // GROUP)) and t.isfinite().all() for t in (scale, zero)):
+                raise ValueError(f"{key} has another shape, or values that are not finite")
+            codes[key] = code, scale, zero
     return codes
 
 
@@ -537,11 +536,13 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
 class RoutedLinear(nn.Module):
     """A linear layer that holds its weight in up to three precisions, with what a block does before and after it.
 
-    weight (N, K), bias (N,) or None. Before any state but 4 can be used, call `quantize`.
+    weight (N, K), bias (N,) or None; fill_from: the first row that a skipped block still runs (state "fill"), or None. Before any state but 4
+    can be used, call `quantize`.
     """
 
-    def __init__(self, K, N, bias=False):
+    def __init__(self, K, N, bias=False, fill_from=None):
         super().__init__()
+        self.fill_from = fill_from
         self.weight = nn.Parameter(torch.empty(N, K))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
         self.low = {}  # 1: INT4, 2: INT8, "fill": the INT4 rows that a skipped block still runs
@@ -581,21 +582,17 @@ class RoutedLinear(nn.Module):
                                  self.weight.device)
 
     @torch.no_grad()
-    def quantize(self, real, fill_from=None, int4=None):
+    def quantize(self, real, int4=None):
         """Make states 1 and 2 from the weight: packed codes and kernels if `real`, else dequantised weights.
 
-        fill_from: the first row that a skipped block still runs (state "fill"), or None; int4: (codes, scale, zero) chosen elsewhere, such as by
-        `gptq_int4`, or None to round to nearest.
+        int4: (codes, scale, zero) chosen elsewhere, such as by `gptq_int4`, or None to round to nearest.
         """
         dtype = self.weight.dtype
-        int4, int8 = int4 or quantize_int4(self.weight), quantize_int8(self.weight)
-        if real:
-            self.low = {1: Int4Weight(*int4, dtype), 2: Int8Weight(*int8, dtype)}
-            if fill_from is not None:
-                self.low["fill"] = Int4Weight(*(t[fill_from:] for t in int4), dtype)
-        else:
-            keep = not self.weight.is_cuda  # 7B parameters in fp32 twice more are 54 GB; a GPU makes them anew in no time
-            fake = lambda dequantize, *codes: FakeWeight(lambda: dequantize(*codes).to(dtype), keep)
-            self.low = {1: fake(dequantize_int4, *int4), 2: fake(dequantize_int8, *int8)}
-            if fill_from is not None:
-                self.low["fill"] = fake(dequantize_int4, *(t[fill_from:] for t in int4))
+        keep = not self.weight.is_cuda  # 7B parameters in fp32 twice more are 54 GB; a GPU makes them anew in no time
+        fake = lambda dequantize, codes: FakeWeight(lambda: dequantize(*codes).to(dtype), keep)
+        make_int4 = lambda codes: Int4Weight(*codes, dtype) if real else fake(dequantize_int4, codes)
+        make_int8 = lambda codes: Int8Weight(*codes, dtype) if real else fake(dequantize_int8, codes)
+        int4 = int4 or quantize_int4(self.weight)
+        self.low = {1: make_int4(int4), 2: make_int8(quantize_int8(self.weight))}
+        if self.fill_from is not None:
+            self.low["fill"] = make_int4([t[self.fill_from :] for t in int4])

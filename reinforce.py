@@ -150,7 +150,7 @@ class Straight:
 def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
     """Minimise CE of the routed model over its blocks' weights, the policy choosing states as at inference (Eq 17; the scorer was taught
     before, by PG or by Fisher labels). Changes the model in place and takes its rounded weights away; call `quantize` again."""
-    linears = {f"{i}.{name}": linear for i, block in enumerate(model.blocks) for name, linear in block.linears().items()}
+    linears = model.linears()
     for linear in linears.values():
         linear.low = {s: Straight(linear, low) for s, low in linear.low.items()}
     weights = {name: linear.weight.requires_grad_() for name, linear in linears.items()}

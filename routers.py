@@ -30,7 +30,7 @@ Ours, for a budget of some hundred steps on a laptop (what was tried before is i
     budget      from that is taken what opening all gates together would bring: the threshold sets how many are open, so a gate is to open
                 only where its token deserves it more than others do (`reinmax`)
     KL          has the mean of CE's slope on text of the model's own, and less noise
-    skips       are unscaled, and a router does not teach earlier blocks what to show it
+    skips       are unscaled; a router's input is detached, so its gradient reaches no earlier block
     first       skip controllers run the first token of a text in full: all others attend to it, and one block that it skips costs nats
     filled      keys and values of a token that skips attention come from INT4 weights, as everywhere here (theirs: from the plain ones); in
                 training all gates but FlexiDepth's run the block for every token, so there they are plain too

@@ -19,7 +19,7 @@ import torch
 from charts import draw
 from common import format_table, pick_device, read_json, refusing, save_result
 from data import load_text, text_examples
-from evaluate import in_rounds, policy_path, publish, ratio
+from evaluate import ASKED, in_rounds, policy_path, publish, ratio, read_policy
 from infer import Engine, generate
 from model import LLM, check_gpu, load, with_blocks
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
@@ -155,8 +155,7 @@ def speed(args):
         return speed_gpu(args)
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=True)
-    policy = Policy.load(policy_path(args, "lm")).to(device)
-    policy.check(model)
+    policy = read_policy(policy_path(args, "lm"), model, True)
     policy.at(2.0)  # out of reach: say so before minutes of timing
     model.quantize(real=True, int4=policy.int4)
     L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
@@ -196,7 +195,7 @@ def speed(args):
     # Routed decoding against the same states known ahead, and what the latency table promises for them
     routed, decisions, own = [], [], policy.horizon
     one_ahead = [(1, 2.0)] if own != 1 else []
-    for horizon, target in [(own, 1.33), (own, 1.67), (own, 2.0), *one_ahead]:
+    for horizon, target in [*((own, s) for s in ASKED), *one_ahead]:
         policy.horizon = horizon
         policy.at(target, track=True)  # as infer.py decodes
         out = run(policy)
@@ -352,10 +351,10 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
              "INT8 / bf16": ratio(seconds, "bf16", "INT8"), "INT4 / bf16": ratio(seconds, "bf16", "INT4")}
     keep(found)
 
-    decisions, targets = [], (1.33, 1.67, 2.0)
+    decisions = []
     for horizon in (L, 1):
-        policy = random_priced_policy(model, ids.to(device), horizon, targets, costs, besides)
-        for target in targets if horizon == L else targets[-1:]:
+        policy = random_priced_policy(model, ids.to(device), horizon, ASKED, costs, besides)
+        for target in ASKED if horizon == L else ASKED[-1:]:
             policy.at(target)
             states = run(policy)["states"]
             same = torch.equal(states, run(policy, sync=True)["states"])

@@ -69,7 +69,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
         """q of every decision by the full model's hidden states: {blocks: (1, N, g, 4, 4)}."""
         looks = {blocks: [] for blocks in plans.values()}
         for example in tqdm(examples, desc="prices", leave=False):
-            for i, (x, _, _) in enumerate(model.block_by_block(example.rows)):
+            for i, (x, _, _) in zip(range(max(plans) + 1), model.block_by_block(example.rows)):
                 if i in plans:
                     q = policy.scorer(policy.scorer.features(x.view(*example.rows.shape, -1), 0), plans[i])
                     looks[plans[i]].append(q[example.keep()][None])

@@ -11,7 +11,7 @@ import baselines
 import charts
 from conftest import tiny_folder
 from data import text_examples
-from evaluate import METHODS, SKIPS, make_policy
+from evaluate import METHODS, SKIPS, make_policy, measured_speedup
 from model import KVCache, load
 from policy import Fixed, bit_costs, mean_cost, plan, rewards, speedup_bits
 from test_routing import agree, decode, random_policy
@@ -37,16 +37,12 @@ def known(model):
     return known
 
 
-def ready(policy, tokens):
-    return policy(tokens) if callable(policy) else policy
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dash"])
 @torch.no_grad()
 def test_decoding_equals_the_parallel_pass(model, known, method):
     """Every method but adaskip's online part, which is replayed; cached in uneven pieces."""
     tokens = torch.randint(0, 300, (2, 40))
-    policy = ready(getattr(baselines, method)(known, 1.33), tokens)
+    policy = baselines.for_tokens(getattr(baselines, method)(known, 1.33), tokens)
     cached, states = decode(model, tokens, policy, [9, 1, 1, 5] + [1] * 24)
     whole = model(tokens, Fixed(states, policy.scale, policy.kv) if method == "adaskip" else policy)
     assert (whole - cached).abs().max() < 2e-3 * whole.abs().max()
@@ -58,7 +54,7 @@ def test_decoding_equals_the_parallel_pass(model, known, method):
 def test_what_is_not_written_is_never_read(model, known, method):
     """Fixed and growing skip sets: the same logits whether skipped tokens fill their keys and values or leave holes, at no cost."""
     tokens = torch.randint(0, 300, (2, 30))
-    policy = ready(getattr(baselines, method)(known, 1.5), tokens)
+    policy = baselines.for_tokens(getattr(baselines, method)(known, 1.5), tokens)
     assert policy.kv == "none" and float(bit_costs(model.config, policy).flatten()[0]) == 0
     holes, _ = decode(model, tokens, policy, [10] + [1] * 20)
     filled, _ = decode(model, tokens, Fixed(policy.given, policy.scale), [10] + [1] * 20) if method != "adaskip" else (holes, None)
@@ -71,7 +67,7 @@ def test_speedups_are_those_asked_for(model, known, speedup):
     tokens = torch.randint(0, 300, (4, 120))
     for method in SKIPS:
         try:
-            policy = ready(getattr(baselines, method)(known, speedup), tokens)
+            policy = baselines.for_tokens(getattr(baselines, method)(known, speedup), tokens)
         except ValueError as e:
             assert "out of reach" in str(e)
             continue
@@ -306,3 +302,29 @@ def test_every_example_is_billed_by_its_own_policy(model):
         those = iter(order)
         [row] = baselines.compare(model, examples, [lambda rows: next(those)])
         assert row["speedup"] == pytest.approx(4 * 2 * L / sum(plan.given.sum().item() for plan in plans))
+
+
+class Own(torch.nn.Module):
+    """A policy of somebody's own, with the five members of policy.py and no more."""
+
+    scale, kv, int4, states = [1.0] * 4, "fill", None, None
+
+    def decide(self, i, x, start):
+        if i:
+            self.states[i] = torch.where(x.mean(-1) > 0, 1, 2)
+
+
+@pytest.mark.parametrize("policy", [Own(), lambda tokens: Own()])
+def test_a_policy_of_ones_own_is_compared_and_timed(tiny, policy):
+    model, tokenizer = load(str(tiny))
+    [row] = baselines.compare(model, text_examples(torch.randint(0, 300, (2, 20))), [policy])
+    assert 1.5 < row["speedup"] < 3 and row["kl"] > 0
+    assert all(r > 0 for r in measured_speedup(model, tokenizer, policy, "some words", 1))
+
+
+def test_nothing_is_skipped_where_nothing_is_asked_and_limits_can_be_asked_for(model, known):
+    assert (baselines.adaskip(known, 1.0).given == 4).all()
+    for method in (baselines.static_skip, baselines.random_skip):
+        with pytest.raises(ValueError, match="give 1 to") as e:
+            method(known, 100.0)
+        method(known, float(str(e.value).split()[-1]))

@@ -478,8 +478,10 @@ def test_speed_of_a_shape_end_to_end(tmp_path, monkeypatch):
 
 def test_timeline(tmp_path):
     events = [("stream 7", "gemv", 0.0, 1.0), ("stream 13", "scorer", 0.1, 0.2), ("host", "cudaEventSynchronize", 0.1, 0.3)]
-    (tmp_path / "speed-gpu.json").write_text(json.dumps({"timeline": events, "shapes": [{"name": "tiny"}], "device": "a GPU"}))
+    (tmp_path / "speed-gpu.json").write_text(json.dumps({"timeline": events, "shapes": [{"name": "tiny", "routed": [{"speedup_target": 2.0}]}], "device": "a GPU"}))
     assert draw(tmp_path / "speed-gpu.json") == tmp_path / "speed-gpu.png" and (tmp_path / "speed-gpu.png").stat().st_size > 5000
+    (tmp_path / "speed-gpu.json").write_text(json.dumps({"timeline": [], "shapes": [{"name": "tiny", "routed": []}], "device": "a GPU"}))
+    assert draw(tmp_path / "speed-gpu.json") is None  # cut off before its end
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -101,13 +101,9 @@ def test_gguf(tiny_gguf, little_memory, tmp_path_factory, edits):
 @pytest.fixture(scope="module")
 def tiny_policy(tmp_path_factory):
     path = tmp_path_factory.mktemp("policy") / "p.safetensors"
-    Scorer.WIDTH, width = 8, Scorer.WIDTH
-    try:
-        Policy(Scorer(3, 4), [1.0, 0.9, 1.1], torch.tensor([0.1, 1.0, 2.0, 4.0]), "f" * 16, [(1.2, 0.1), (3.0, 0.5)], 3,
-               {"model": "tiny", "int4": "gptq-0", "damage": [[1.0] * 4] * 3}).save(path)
-        yield path.read_bytes()
-    finally:
-        Scorer.WIDTH = width
+    Policy(Scorer(3, 4, width=8), [1.0, 0.9, 1.1], torch.tensor([0.1, 1.0, 2.0, 4.0]), "f" * 16, [(1.2, 0.1), (3.0, 0.5)], 3,
+           {"model": "tiny", "int4": "gptq-0", "damage": [[1.0] * 4] * 3}).save(path)
+    return path.read_bytes()
 
 
 @FUZZ

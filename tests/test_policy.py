@@ -123,6 +123,12 @@ def test_policy_gradient_eq_16_17():
     assert loss.item() == 10.5 and logp.grad.tolist() == [-2.0, -4.0] and G.grad is None
 
 
+def test_a_policy_file_brings_its_scorers_width(tmp_path):
+    P.Policy(P.Scorer(3, 8, width=24), [1.0] * 3, COSTS, "x", [(2.0, 0.1)]).save(tmp_path / "p.safetensors")
+    scorer = P.Policy.load(tmp_path / "p.safetensors").scorer
+    assert scorer(scorer.features(torch.randn(1, 2, 8), 0), range(1, 3)).shape == (1, 2, 2, 4, 4) and scorer.gain.shape == (3, 24)
+
+
 def make_policy(L=4, width=8, **more):
     torch.manual_seed(0)
     scorer = Scorer(L, width, lam=0.1)

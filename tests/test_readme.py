@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 
 from bench import PAGES, render
 from common import sha256
@@ -88,6 +89,15 @@ def test_the_sample_is_what_infer_printed():
     shown = re.search(r"--show-states\n\n((?: {4}.*\n|\n)+)", TEXTS["README.md"])[1].splitlines()
     printed = (ROOT / "results/infer.txt").read_text(encoding="utf-8").splitlines()
     assert len(shown) > 10 and all(any(line.startswith(said.strip().removesuffix(" ...")) for line in printed) for said in shown)
+
+
+def test_the_rule_of_ones_own_decodes(tiny, capsys):
+    code = re.search(r"needs no training:\n\n((?: {4}.*\n|\n)+)", TEXTS["README.md"])[1]
+    assert code.count('load("smollm2"') == 1
+    found = {}
+    exec(textwrap.dedent(code).replace('load("smollm2"', f'load("{tiny}"'), found)
+    states = found["out"]["states"]
+    assert (states[0] == 4).all() and set(states[1:].unique().tolist()) <= {1, 2} and capsys.readouterr().out
 
 
 def test_a_result_without_a_place_is_named(tmp_path):
