@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import baselines
 import charts
 from conftest import tiny_folder
-from data import text_examples
+from data import outcomes, text_examples
 from evaluate import METHODS, SKIPS, make_policy, measured_speedup
 from model import KVCache, load
 from policy import Fixed, bit_costs, mean_cost, plan, rewards, speedup_bits
@@ -328,3 +328,24 @@ def test_nothing_is_skipped_where_nothing_is_asked_and_limits_can_be_asked_for(m
         with pytest.raises(ValueError, match="give 1 to") as e:
             method(known, 100.0)
         method(known, float(str(e.value).split()[-1]))
+
+
+@torch.no_grad()
+def test_kl_is_from_the_full_model(tiny):
+    model, _ = load(str(tiny))
+    examples, states = text_examples(torch.randint(0, 300, (2, 16))), torch.tensor([4, 1, 1, 1])
+    [row] = baselines.compare(model, examples, [Fixed(states)])
+    full, routed = (torch.cat([outcomes(model, model.hidden(e.rows, p), e)[0] for e in examples]) for p in (None, Fixed(states)))
+    want = F.kl_div(routed, full, log_target=True, reduction="batchmean").item()
+    assert row["kl"] == pytest.approx(want, rel=1e-4) == baselines.measured_kl(model, examples)(states)
+
+
+def test_intervals_are_of_95_percent():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = baselines.interval(values.tolist())
+    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 1000**0.5, rel=0.08)
+
+
+def test_mixes_scale_what_they_skip():
+    known = baselines.Known(4, torch.tensor([0.0625, 1.0, 2.0, 4.0]), scale=[1.0, 1.1, 0.9, 1.0], damage=torch.rand(4, 4).sort(descending=True)[0])
+    assert baselines.static_mix(known, 2.0).scale == baselines.random_mix(known, 2.0)(torch.zeros(1, 4)).scale == known.scale

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import fisher
 import reinforce
 from baselines import compare
-from data import item_examples, kl, load_articles, load_examples, load_items, load_text, outcomes, question
+from data import item_examples, kl, load_articles, load_examples, load_items, load_text, outcomes, question, windows
 from model import load
 from policy import Fixed
 from test_routing import random_policy
@@ -205,3 +206,21 @@ def test_answers_are_those_of_lm_evaluation_harness(task, tiny, data_dir, tmp_pa
         ours = outcomes(model, model.hidden(example.rows), example)[0][0]
         agree, off = agree + int(ours.argmax() == scores.argmax()), max(off, (ours - scores).abs().max().item())
     assert len(theirs["samples"][task]) == len(items) and agree >= len(items) - 2 and off < 1e-3, (agree, off)
+
+
+def test_what_is_trained_on_and_what_is_tested(tmp_path):
+    text = "".join(chr(97 + n % 26) for n in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    train, test = (load_text(tmp_path / "a.txt", split) for split in ("train", "test"))
+    assert train + test == text and len(test) == 200
+    items = [{"question": str(n), "choices": ["a", "b"], "answer": 0} for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, items)))
+    train, test = ([i["question"] for i in load_items(tmp_path / "a.jsonl", split)] for split in ("train", "test"))
+    assert train == list("01234567") and test == list("89")
+
+
+def test_windows_from_the_start_or_spread():
+    bytewise = SimpleNamespace(encode=lambda text, **_: list(text.encode()))
+    text = "".join(chr(97 + n) * 4 for n in range(20))
+    first = lambda **how: [chr(row[0]) for row in windows(bytewise, text, 3, 4, **how)]
+    assert first() == ["a", "b", "c"] and first(spread=True) == ["a", "k", "t"]

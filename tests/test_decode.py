@@ -1,12 +1,14 @@
 """Decoding with the real kernels: the same numbers as the fake weights, no drift, flat memory, odd shapes, one thread."""
 
+import copy
 import json
 
 import pytest
 import torch
 
+import baselines
 from conftest import script, tiny_folder
-from infer import generate
+from infer import generate, has_graphs
 from model import load
 from policy import Fixed, Policy, bit_costs, random_states
 from test_routing import decode, random_policy
@@ -161,3 +163,23 @@ def test_speed_measures_and_latency_training_uses_it(tiny, some_text, tmp_path):
         assert done.returncode == 2 and "at most with --cost latency" in done.stderr, done.stderr
     else:
         assert Policy.load(tmp_path / "o" / "policy.safetensors").settings["cost"] == "latency" and "by the measured times" in done.stdout
+
+
+def test_nothing_of_old_weights_is_left(tiny):
+    model, _ = load(str(tiny), dtype=torch.bfloat16)
+    model.quantize(real=True)
+    model.engine, hidden = object(), torch.randn(3, 64).bfloat16()
+    model.quantize()
+    assert model.engine is None and torch.equal(model.logits(hidden), model.head(hidden).float())
+
+
+def test_which_policies_have_graphs(tiny):
+    model, _ = load(str(tiny))
+    policy = random_policy(model, 0)
+    assert has_graphs(model, None) and has_graphs(model, policy) and has_graphs(model, Fixed([4] * 4))
+    for change in ({"kv": "none"}, {"kv": "copy"}, {"tau": 1.0}, {"mu": torch.tensor([0.3])}, {"allowed": (0, 4)}):
+        other = copy.copy(policy)
+        vars(other).update(change)
+        assert not has_graphs(model, other), change
+    assert not has_graphs(model, Fixed([4] * 4, kv="none")) and not has_graphs(model, Fixed([4] * 8))
+    assert not has_graphs(model, baselines.ConfidentExit(4, 0.5))

@@ -276,3 +276,22 @@ def test_a_price_beyond_the_calibrated_ones():
     assert policy.price(1.0) == -1.0 and policy.price(5.0) == 4.25 and policy.price(3.0) == 1.75
     policy.prices = [(1.2, 0.7)]
     assert policy.at(1.2).mu == 0.7
+
+
+def test_the_price_follows_time_with_its_overhead():
+    policy = make_policy(settings={"overhead": (10.0, 11.0)})
+    policy.prices = [(1.0, 0.0), (4.0, 3.0)]  # mu = speedup - 1
+    policy.at(1.5, track=True)
+    goal = ((16 + 10) / 1.5 - 11) / 4
+    policy.follow([4, 4, 2, 2])  # mean cost 3
+    assert policy.owed == pytest.approx(3 - goal)
+    assert policy.mu == pytest.approx(26 / (4 * (goal - (3 - goal) / 32) + 11) - 1)
+
+
+def test_most_speedup_with_overhead():
+    assert P.most_speedup(10, COSTS, (10.0, 11.0)) == pytest.approx(50 / (4 + 8 * 0.0625 + 1 + 11))
+
+
+def test_rewards_by_measured_costs():
+    R = P.rewards(torch.tensor([4, 0, 1]), torch.tensor(0.0), beta=1.0, costs=torch.tensor([0.5, 1.5, 2.5, 4.0]))
+    assert R.tolist() == [0.0, 0.875, 0.625]

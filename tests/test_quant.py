@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from quant import (AVX2, GROUP, FakeWeight, Int4Weight, Int8Weight, RoutedLinear, bag_codes, bag_row, bag_table, dequantize_int4, dequantize_int8,
-                   fake_quantize, gptq_int4, pack_nibbles, quantize_int4, quantize_int8, unpack_nibbles)
+import quant
+from model import load
+from quant import (AVX2, GROUP, FakeWeight, Int4Weight, Int8Weight, RoutedLinear, bag_codes, bag_row, bag_table, choose_codes, clipped_range,
+                   codes_name, dequantize_int4, dequantize_int8, fake_quantize, gptq_int4, pack_nibbles, product, quantize_int4, quantize_int8,
+                   unpack_nibbles)
 
 SHAPES = [(64, 64), (48, 128), (192, 576), (960, 576), (33, 64), (64, 80), (16, 100), (7, 13), (1, 1), (16, 24), (131, 192), (2000, 600)]
 
@@ -129,3 +133,49 @@ def test_a_fake_weight_made_anew_is_the_kept_one():
     for _ in range(2):
         assert torch.equal(kept(x), anew(x))
     assert len(made) == 3
+
+
+def test_a_prompt_keeps_its_bias_where_bf16_is_emulated(monkeypatch):
+    monkeypatch.setattr(quant, "AVX2", True)
+    w, x, b = torch.randn(8, 64).bfloat16(), torch.randn(40, 64).bfloat16(), 30 + torch.randn(8).bfloat16()
+    assert torch.allclose(product(x, w, b).float(), F.linear(x.float(), w.float(), b.float()), rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+def test_scales_and_zeros_are_bf16_numbers(quantize):
+    assert all(torch.equal(t, t.bfloat16().float()) for t in quantize(torch.randn(8, 100))[1:])
+
+
+def test_clipping_goes_by_importance():
+    torch.manual_seed(0)
+    w, importance = torch.randn(32, 64), torch.logspace(-3, 3, 64)
+
+    def error(scale, zero):
+        rounded = ((w - zero[:, None]) / scale[:, None]).round().clamp(-8, 7) * scale[:, None] + zero[:, None]
+        return ((rounded - w).square() @ importance).sum()
+
+    assert error(*clipped_range(w, importance)) < 0.9 * error(*clipped_range(w, torch.ones(64)))
+
+
+@torch.no_grad()
+def test_codes_are_chosen_from_what_reaches_a_layer(tiny):
+    """Every layer's codes come from what reaches it: block 1 passes on state 4, later blocks INT4, and so do layers inside a block."""
+    model, _ = load(str(tiny))
+    tokens, codes, seen = torch.randint(0, 300, (4, 64)), {}, {}
+    choose_codes(model, tokens, codes, lambda codes: None)
+    x, rope = model.embed(tokens).flatten(0, 1), model.rope(0, 64)
+    for i, block in enumerate(model.blocks):
+        for name, linear in block.linears().items():
+            linear.quantize(False, codes[f"{i}.{name}"])
+            low = linear.low[1]
+            linear.low[1] = lambda x, key=f"{i}.{name}", low=low: (seen.__setitem__(key, x), low(x))[1]
+        y = block(x, 4, [(1, None)], 1.0, rope)
+        x = y if i else block(x, 4, [(4, None)], 1.0, rope)
+    for key in ("1.qkv", "2.qkv", "2.down"):
+        i, name = key.split(".")
+        want = gptq_int4(model.blocks[int(i)].linears()[name].weight, seen[key].T @ seen[key])
+        assert (want[0] == codes[key][0]).float().mean() > 0.99
+
+
+def test_codes_are_named_by_their_text():
+    assert codes_name(torch.arange(8)) != codes_name(torch.arange(1, 9)) and codes_name(torch.arange(8)) == codes_name(torch.arange(8))

@@ -292,3 +292,34 @@ def test_training_of_the_base_resumes_bit_for_bit(tiny, some_text, tmp_path):
     before, whole, resumed = load(str(tiny))[0].state_dict(), trained("whole", 12), trained("parts", 10, 12)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert not torch.equal(before["blocks.1.qkv.weight"], whole["blocks.1.qkv.weight"])
+
+
+def test_a_gates_slope_of_keys_and_values():
+    y, g, c, slope = torch.randn(5, 8), torch.zeros(3, 5, requires_grad=True), torch.randn(5, 3), torch.randn(5, 8)
+    found = torch.autograd.grad(fisher.Gates.apply(y, g, c, torch.ones(5, 8), None), g, slope)[0]
+    assert torch.allclose(found[0], (slope[:, 5:] * c).sum(1)) and torch.allclose(found[1], slope.sum(1), atol=1e-5) and (found[2] == 0).all()
+
+
+def test_a_skip_label_knows_its_a_i(tiny):
+    model, _ = load(str(tiny))
+    model.quantize()
+    [example] = text_examples(torch.randint(0, 300, (1, 10)))
+    a, b = (fisher.fisher_labels(model, example, scale, torch.Generator().manual_seed(0))[0] for scale in ([1.0] * 4, [1.0, 1.0, 0.5, 1.0]))
+    changed = (a != b).any(0)  # a_3 is block 3's alone
+    assert changed.tolist() == [[False] * 3, [True, False, False], [False] * 3]
+
+
+def learned(model, tmp_path, monkeypatch, examples):
+    model.quantize()
+    seen = []
+    monkeypatch.setattr(fisher, "fit", lambda scorer, labels, *rest: (seen.append(labels.clone()), (labels.mean(0), []))[1])
+    found = fisher.learn(Scorer(4, 64), model, examples, examples, [1.0] * 4, 4, Checkpoint(tmp_path / "c.safetensors", {}, 0, False), tmp_path / "log")
+    return seen[0], *found
+
+
+def test_mean_labels_by_block_and_position(tiny, tmp_path, monkeypatch):
+    labels, mean, table = learned(load(str(tiny))[0], tmp_path, monkeypatch, text_examples(torch.randint(0, 300, (3, 20))))
+    assert torch.allclose(mean[1:, :3], labels.mean(0)) and (mean[0] == 0).all() and (mean[:, 3] == 0).all()
+    by_token = labels.view(3, 20, 3, 3)
+    for bucket, t in ((0, slice(0, 1)), (1, slice(1, 2)), (2, slice(2, 4)), (5, slice(16, 20)), (9, slice(0, 20))):  # a bucket without tokens: all
+        assert torch.allclose(table[bucket, 1:, :3], by_token[:, t].mean((0, 1)), rtol=1e-4)
