@@ -18,7 +18,7 @@ import speed
 from charts import draw
 from conftest import script, tiny_folder
 from infer import Engine, bucket_of, engine_for, generate
-from model import RMSNorm, check_gpu, load
+from model import RMSNorm, attend_in_parts, check_gpu, load
 from policy import ByPosition, Fixed, bit_costs, random_states
 from test_routing import random_policy
 
@@ -554,3 +554,11 @@ def test_the_engine_is_for_policies_of_all_states(tmp_path):
     assert engine_for(model, policy, 64) is model.engine
     policy.allowed = (0, 4)
     assert engine_for(model, policy, 64) is None
+
+
+def test_parts_without_keys_add_nothing(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+    q, k, v = torch.randn(2, 3, 16), torch.randn(512, 2, 16), torch.randn(512, 2, 16)
+    found = attend_in_parts(q, k, v, torch.tensor([0, 128, 140, 140, 140], dtype=torch.int32), torch.arange(5, dtype=torch.int32) * 3)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k[:140].transpose(0, 1), v[:140].transpose(0, 1))
+    assert torch.allclose(found, want, atol=1e-5)

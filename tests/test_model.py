@@ -182,3 +182,17 @@ def test_no_pickle_and_no_remote_code():
               r"|trust_remote_code|jinja2 import Environment|jinja2\.Environment")
     for file in ROOT.glob("*.py"):
         assert not re.search(banned, file.read_text(encoding="utf-8")), file.name
+
+
+@pytest.mark.parametrize("left_out, same", [(["rope_theta", "rope_parameters"], "rope_theta"), (["rms_norm_eps"], "norm_eps"), (["tie_word_embeddings"], "tied")])
+def test_defaults_are_those_of_transformers(tmp_path, left_out, same):
+    """What config.json leaves out is what transformers takes."""
+    import transformers
+    theirs = tiny_folder(tmp_path, tie_word_embeddings=False)
+    config = {k: v for k, v in json.loads((tmp_path / "config.json").read_text()).items() if k not in left_out}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(0, 300, (1, 100))
+    assert same != "tied" or not theirs.config.tie_word_embeddings
+    with torch.no_grad():
+        assert (load(str(tmp_path))[0](ids) - theirs(ids).logits).abs().max() < 1e-4

@@ -295,3 +295,10 @@ def test_most_speedup_with_overhead():
 def test_rewards_by_measured_costs():
     R = P.rewards(torch.tensor([4, 0, 1]), torch.tensor(0.0), beta=1.0, costs=torch.tensor([0.5, 1.5, 2.5, 4.0]))
     assert R.tolist() == [0.0, 0.875, 0.625]
+
+
+def test_features_are_standardised_and_clamped():
+    scorer = Scorer(3, 2)
+    scorer.mean.copy_(torch.tensor([0.5, -0.5])), scorer.std.copy_(torch.tensor([0.5, 0.1]))
+    x = scorer.features(torch.tensor([[[3.0, 4.0]]]), 0)[0, 0, :2]  # 0.8485 and 1.1314 of a root mean square of 1
+    assert x.tolist() == pytest.approx([(0.848528 - 0.5) / 0.5, 5.0], abs=1e-4)  # (1.1314 + 0.5) / 0.1 is clamped

@@ -179,3 +179,15 @@ def test_codes_are_chosen_from_what_reaches_a_layer(tiny):
 
 def test_codes_are_named_by_their_text():
     assert codes_name(torch.arange(8)) != codes_name(torch.arange(1, 9)) and codes_name(torch.arange(8)) == codes_name(torch.arange(8))
+
+
+def test_real_kernels_take_the_codes_that_are_given():
+    torch.manual_seed(0)
+    layer, x = RoutedLinear(128, 96).bfloat16(), torch.randn(5, 128).bfloat16()
+    torch.nn.init.normal_(layer.weight)
+    codes, scale, zero = quantize_int4(layer.weight)
+    given = codes, 2 * scale, zero  # codes chosen elsewhere
+    layer.quantize(False, int4=given)
+    fake = layer(x, 1).float()
+    layer.quantize(True, int4=given)
+    assert (layer(x, 1).float() - fake).abs().max() < 0.03 * fake.abs().max()

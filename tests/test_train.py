@@ -323,3 +323,17 @@ def test_mean_labels_by_block_and_position(tiny, tmp_path, monkeypatch):
     by_token = labels.view(3, 20, 3, 3)
     for bucket, t in ((0, slice(0, 1)), (1, slice(1, 2)), (2, slice(2, 4)), (5, slice(16, 20)), (9, slice(0, 20))):  # a bucket without tokens: all
         assert torch.allclose(table[bucket, 1:, :3], by_token[:, t].mean((0, 1)), rtol=1e-4)
+
+
+def test_the_baseline_is_the_mean_of_the_others():
+    assert reinforce.leave_one_out(torch.tensor([[[1.0], [2.0], [6.0]]])).flatten().tolist() == [4.0, 3.5, 1.5]
+
+
+def test_each_block_learns_its_own_labels():
+    torch.manual_seed(0)
+    means = torch.tensor([[1.0, 0.1, 0.01], [0.3, 3.0, 0.03], [0.2, 0.5, 5.0]])
+    features, labels = Scorer(4, 32).features(torch.randn(1, 1024, 32), 0), means * -torch.rand(1024, 3, 3).log()
+    scorer = Scorer(4, 32)
+    fisher.fit(scorer, labels, {i: features[0] for i in range(3)}, 1, seed=0)
+    found = scorer.log_damage(features, *scorer.of_blocks(range(1, 4))[:3])[0, :, :, 0, :3].exp().mean(0).detach()
+    assert torch.allclose((found / means).flatten()[:-3], torch.ones(6), atol=0.25) and torch.allclose(found[2, 1:] / means[2, 1:], torch.ones(2), atol=0.25)
