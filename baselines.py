@@ -369,8 +369,8 @@ def compare(model, examples, policies):
     """Each policy against the full model on examples: a list of dicts with means over examples.
 
     nats: -log p of what is right; kl: KL(full || routed), nats; top1: share of equal most likely outcomes; accuracy: share of
-    right ones; speedup: in bits; states: shares; raw: states (L, N), of the full model a placeholder; each: nats, kl and accuracy of every example, for
-    intervals. A policy given as None is the full model; a function of the tokens (B, T) gives one for every example.
+    right ones; speedup: in bits; states: shares; raw: states (L, N), of the full model a placeholder; each: nats, kl and accuracy of every
+    example, for intervals. A policy given as None is the full model; a function of the tokens (B, T) gives one for every example.
     """
     rows = [{"nats": [], "kl": [], "top1": [], "accuracy": [], "states": [], "spent": []} for _ in policies]
     for example in tqdm(examples, desc="compare", leave=False):

@@ -131,11 +131,13 @@ def timeline(r):
         product = "tinygemm" in name or name.startswith("triton_red") and "sum" in name  # of INT4; of INT8 and bf16 (quant.layer_of_one_row)
         return "attention" if "flash_fwd" in name else "product of a layer" if product else "the rest of a block"
 
+    drawn = by([{"kind": kind(row, name), "row": row, "span": span} for row, name, *span in events], "kind")
     figure, panels = canvas(12, 5.4, rows=2)
     for axes in panels:
         for label, color in kinds.items():
             for y, row in enumerate(rows):
-                axes.broken_barh([e[2:] for e in events if e[0] == row and kind(*e[:2]) == label], (y - 0.4, 0.8), color=color, label=None if y else label)
+                spans = [bar["span"] for bar in drawn.get(label, ()) if bar["row"] == row]
+                axes.broken_barh(spans, (y - 0.4, 0.8), color=color, label=None if y else label)
         axes.set(xlabel="milliseconds", yticks=range(len(rows)), yticklabels=rows.values())
         axes.invert_yaxis()
     asked = r["shapes"][-1]["routed"][-1]["speedup_target"]

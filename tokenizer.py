@@ -114,7 +114,7 @@ class Tokenizer:
             return [self.vocab[piece]]
         symbols = []
         for ch in piece:
-            bytes_ = [f"<0x{b:02X}>" for b in ch.encode()] if not self.of_bytes else []
+            bytes_ = [] if self.of_bytes else [f"<0x{b:02X}>" for b in ch.encode()]
             if ch in self.vocab:
                 symbols.append(ch)
             elif bytes_ and all(b in self.vocab for b in bytes_):

@@ -70,7 +70,7 @@ def config_from_hf(c):
     def get(name, default=None):
         value = c.get(name)
         if value is None and default is None:
-            raise ValueError(f"{name!r} is missing; is this a LLaMA, Mistral or Qwen config.json?")
+            raise ValueError(f"{name!r} is missing")
         return default if value is None else value
 
     def refuse(what):

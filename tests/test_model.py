@@ -187,8 +187,7 @@ def test_no_pickle_and_no_remote_code():
 @pytest.mark.parametrize("left_out, same", [(["rope_theta", "rope_parameters"], "rope_theta"), (["rms_norm_eps"], "norm_eps"), (["tie_word_embeddings"], "tied")])
 def test_defaults_are_those_of_transformers(tmp_path, left_out, same):
     """What config.json leaves out is what transformers takes."""
-    import transformers
-    theirs = tiny_folder(tmp_path, tie_word_embeddings=False)
+    tiny_folder(tmp_path, tie_word_embeddings=False)
     config = {k: v for k, v in json.loads((tmp_path / "config.json").read_text()).items() if k not in left_out}
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
