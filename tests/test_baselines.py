@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import baselines
 import charts
+import evaluate
 from conftest import tiny_folder
 from data import outcomes, text_examples
 from evaluate import METHODS, SKIPS, make_policy, measured_speedup
@@ -344,6 +346,41 @@ def test_intervals_are_of_95_percent():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = baselines.interval(values.tolist())
     assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 1000**0.5, rel=0.08)
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 3.6])
+def test_mixes_spend_what_they_may(speedup):
+    """In the costs that they are given, over a window as long as those that are tested."""
+    torch.manual_seed(0)
+    known = baselines.Known(8, torch.tensor([0.5, 1.0, 2.0, 4.0]), scale=[1.0] * 8)
+    known.position_damage = torch.rand(11, 8, 4).sort(descending=True)[0] * torch.logspace(-2, 2, 11)[:, None, None]
+    spent = lambda states: mean_cost(states, known.costs)
+    assert spent(baselines.random_mix(known, speedup)(torch.zeros(4, 1024)).given) == pytest.approx(4 / speedup, rel=0.02)
+    assert 0.9 * 4 / speedup < spent(baselines.position_mix(known, speedup).window(0, 1024)) <= 4 / speedup + 1e-6
+
+
+def test_a_measured_speedup_is_above_1_where_routing_is_faster(tiny, monkeypatch):
+    model, tokenizer = load(str(tiny))
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, prompt, p, *rest, **options: {"tokens_per_second": 3.0 if p else 1.0})
+    assert measured_speedup(model, tokenizer, Fixed([4, 0, 0, 4]), "the cat", 2) == [3.0, 3.0]
+
+
+def test_baselines_know_the_training_text_alone(tiny, tmp_path):
+    for split, word in (("train", "cat "), ("test", "dog ")):
+        (tmp_path / "wikitext2").mkdir(exist_ok=True)
+        (tmp_path / "wikitext2" / f"{split}.txt").write_text(word * 3000)
+    args = SimpleNamespace(policy="none", file=None, data_dir=tmp_path, model=str(tiny), device="cpu", compare=[], seed=0, limit=1, full=False)
+    _, tokenizer, _, known, [example] = evaluate.at_hand(args, "wikitext2", 1, needed=False)
+    known, tested = (tokenizer.decode(rows.flatten().tolist()) for rows in (known.samples, example.rows))
+    assert "cat" in known and "dog" not in known and "dog" in tested and "cat" not in tested
+
+
+@torch.no_grad()
+def test_without_keys_and_values_a_skip_is_free_and_the_price_knows_it(tiny):
+    model, _ = load(str(tiny))
+    examples = text_examples(torch.randint(0, 300, (4, 128)))
+    [policy] = evaluate.variant(random_policy(model, 3, 4, spread=0.5), model, examples, [2.0], kv="none")
+    assert policy.costs[0] == 0 and baselines.compare(model, examples, [policy])[0]["speedup"] == pytest.approx(2.0, rel=0.05)
 
 
 def test_mixes_scale_what_they_skip():

@@ -75,6 +75,20 @@ def test_a_long_decode_does_not_drift(tiny):
         assert (cached - fresh).abs().max() < 2e-3 * fresh.abs().max()
 
 
+def test_a_prompt_begins_as_the_tokenizer_says(tiny):
+    """With BOS where it has one."""
+    model, tokenizer = load(str(tiny))
+    plain = tokenizer.encode("the cat")
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.template = ([7], [])
+    out = generate(model, tokenizer, "the cat", None, 3)
+    assert out["prompt_tokens"] == len(plain) + 1
+    tokens = [7, *plain]
+    for token in out["tokens"]:
+        assert token == model(torch.tensor([tokens]))[0, -1].argmax()
+        tokens.append(token)
+
+
 @torch.no_grad()
 def test_the_coldest_sampling_is_greedy(tmp_path):
     tiny_folder(tmp_path, layers=2)

@@ -510,6 +510,51 @@ def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
     check_gpu(config, "cuda", torch.float32)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_room_that_decoding_needs(monkeypatch, plain):
+    """To a megabyte: bf16 weights and an INT8 head; for routing INT8, INT4 in two layouts, and INT4 keys and values of skipped blocks in two."""
+    c = speed.SHAPES["LLaMA-2-7B"]
+    head, linears, keys = c.vocab_size * c.n_embd, 32 * c.n_embd * (4 * c.n_embd + 3 * c.n_hidden), 32 * 2 * c.n_embd**2
+    need = 2 * (linears + 2 * head) + head
+    if not plain:
+        need += linears + (linears + keys) * (2 * 1 / 2 + 2 * 2 / quant.GROUP)  # nibbles twice, scale and zero in bf16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(need) + 10**6, 80 * 10**9))
+    check_gpu(c, "cuda", plain=plain)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(need) - 10**6, 80 * 10**9))
+    with pytest.raises(ValueError, match="GB of weights"):
+        check_gpu(c, "cuda", plain=plain)
+
+
+def test_an_engine_takes_the_costs_of_each_policy(tmp_path):
+    tiny_folder(tmp_path, layers=6)
+    model, _ = load(str(tmp_path))
+    model.quantize()
+    engine = Engine(model, 200)
+    for costs in ([0.1, 1.0, 2.0, 4.0], [3.0, 0.5, 3.5, 4.0]):  # bits, then a clock's
+        policy = random_policy(model, 0)
+        policy.costs, policy.mu = torch.tensor(costs), 1.0
+        compare(model, policy, engine)
+
+
+def test_the_engine_is_for_policies_of_all_states(tmp_path):
+    tiny_folder(tmp_path)
+    model, _ = load(str(tmp_path))
+    policy, model.engine = random_policy(model, 0), SimpleNamespace(size=512)
+    assert engine_for(model, policy, 64) is model.engine
+    policy.allowed = (0, 4)
+    assert engine_for(model, policy, 64) is None
+
+
+def test_parts_without_keys_add_nothing(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
+    q, k, v = torch.randn(2, 3, 16), torch.randn(512, 2, 16), torch.randn(512, 2, 16)
+    found = attend_in_parts(q, k, v, torch.tensor([0, 128, 140, 140, 140], dtype=torch.int32), torch.arange(5, dtype=torch.int32) * 3)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k[:140].transpose(0, 1), v[:140].transpose(0, 1))
+    assert torch.allclose(found, want, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # On a GPU
 
@@ -545,20 +590,3 @@ def test_on_a_gpu(tmp_path):
                 want = cpu(ids, fixed)[0, start:]
                 assert (torch.stack(rows) - want).abs().max() < 0.05 * want.abs().max()
     assert not gpu.engine.plain
-
-
-def test_the_engine_is_for_policies_of_all_states(tmp_path):
-    tiny_folder(tmp_path)
-    model, _ = load(str(tmp_path))
-    policy, model.engine = random_policy(model, 0), SimpleNamespace(size=512)
-    assert engine_for(model, policy, 64) is model.engine
-    policy.allowed = (0, 4)
-    assert engine_for(model, policy, 64) is None
-
-
-def test_parts_without_keys_add_nothing(monkeypatch):
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention)
-    q, k, v = torch.randn(2, 3, 16), torch.randn(512, 2, 16), torch.randn(512, 2, 16)
-    found = attend_in_parts(q, k, v, torch.tensor([0, 128, 140, 140, 140], dtype=torch.int32), torch.arange(5, dtype=torch.int32) * 3)
-    want = torch.nn.functional.scaled_dot_product_attention(q, k[:140].transpose(0, 1), v[:140].transpose(0, 1))
-    assert torch.allclose(found, want, atol=1e-5)

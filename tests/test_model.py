@@ -105,7 +105,10 @@ def test_fingerprint_is_that_of_the_weights(tmp_path):
     tiny_folder(tmp_path)
     first = load(str(tmp_path))[0].fingerprint()
     assert load(str(tmp_path), dtype=torch.bfloat16)[0].fingerprint() == first
-    tiny_folder(tmp_path, initializer_range=0.1)
+    changed = load(str(tmp_path))[0]
+    changed.blocks[2].down.weight.data[-1] += 0.5
+    assert changed.fingerprint() != first
+    tiny_folder(tmp_path, rms_norm_eps=0.1)
     assert load(str(tmp_path))[0].fingerprint() != first
 
 

@@ -104,6 +104,14 @@ def test_gptq_changes_the_output_less(N, K):
     assert torch.equal(scale, scale.bfloat16().float()) and torch.equal(zero, zero.bfloat16().float())
 
 
+def test_gptq_where_inputs_are_nearly_dependent():
+    """64 inputs that 8 explain, to a few per cent: too much damping would lose what there is to gain."""
+    torch.manual_seed(0)
+    w, x = torch.randn(48, 64), torch.randn(2000, 8) @ torch.randn(8, 64) + 0.05 * torch.randn(2000, 64)
+    error = lambda q: (x @ (dequantize_int4(*q) - w).T).square().mean()
+    assert error(gptq_int4(w, x.T @ x)) < 0.1 * error(quantize_int4(w))
+
+
 def test_gptq_with_white_inputs_is_rounding_with_clipping():
     w = torch.randn(8, 64)
     error = lambda q: (dequantize_int4(*q) - w).square().mean()

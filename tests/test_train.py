@@ -150,6 +150,9 @@ def test_scales_by_hand(tiny):
         x, y = x.reshape(-1, 64), y.reshape(-1, 64)
         assert found["least_squares"][i].item() == pytest.approx(((x * y).sum() / (x * x).sum()).item(), rel=1e-4)
         assert found["norm_ratio"][i].item() == pytest.approx((y.norm(dim=1) / x.norm(dim=1)).mean().item(), rel=1e-4)
+        normed = x / x.square().mean(1, keepdim=True).sqrt()  # what a scorer's features are standardised by
+        assert torch.allclose(found["mean"][i].float(), normed.mean(0), atol=1e-4)
+        assert torch.allclose(found["std"][i].float(), normed.std(0, correction=0), atol=1e-4)
 
 
 def test_sensitivity_is_the_damage_of_one_block(tiny):
