@@ -109,12 +109,15 @@ class KVCache:
 
 
 def by_state(state):
-    """(B, T) states -> [(s, rows)], rows indexing the flattened tokens; rows is None where one state covers all."""
-    if state.numel() == 1:
-        return [(int(state), None)]
+    """(B, T) states -> [(s, rows)], rows indexing the flattened tokens; rows is None where one state covers all. ValueError for other
+    numbers than 0, 1, 2 and 4."""
+    found = [int(state)] if state.numel() == 1 else state.unique().tolist()
+    if not {0, 1, 2, 4}.issuperset(found):
+        raise ValueError(f"a policy gave the states {found}; states are 0 skip, 1 INT4, 2 INT8 and 4 as loaded")
+    if len(found) == 1:
+        return [(found[0], None)]
     flat = state.reshape(-1)
-    found = flat.unique().tolist()
-    return [(found[0], None)] if len(found) == 1 else [(s, (flat == s).nonzero()[:, 0]) for s in found]
+    return [(s, (flat == s).nonzero()[:, 0]) for s in found]
 
 
 def run(groups, f, width, *xs):
@@ -347,8 +350,8 @@ class LLM(nn.Module):
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
         state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
-        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth, an unknown kv or other INT4 codes;
-        FileNotFoundError where its codes are missing.
+        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth, other states, an unknown
+        kv or other INT4 codes; FileNotFoundError where its codes are missing.
         """
         B, T = tokens.shape
         start = cache.length if cache else 0

@@ -324,6 +324,15 @@ def test_a_policy_of_ones_own_is_compared_and_timed(tiny, policy):
     assert all(r > 0 for r in measured_speedup(model, tokenizer, policy, "some words", 1))
 
 
+def test_a_policy_of_ones_own_may_not_make_up_states(tiny):
+    model, policy = load(str(tiny))[0], Own()
+    for decide in (lambda i, x, start: policy.states[i].fill_(3), lambda i, x, start: policy.states[i, 0, 0].fill_(8)):
+        policy.decide = decide
+        for tokens in (torch.tensor([[5]]), torch.tensor([[5, 6, 7]])):
+            with pytest.raises(ValueError, match="states are 0 skip, 1 INT4, 2 INT8 and 4"):
+                model(tokens, policy)
+
+
 def test_nothing_is_skipped_where_nothing_is_asked_and_limits_can_be_asked_for(model, known):
     assert (baselines.adaskip(known, 1.0).given == 4).all()
     for method in (baselines.static_skip, baselines.random_skip):
