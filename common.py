@@ -77,6 +77,11 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
+def reason(e):
+    """An exception in one line; a KeyError, which says its key alone, as what is not there."""
+    return f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+
+
 @contextlib.contextmanager
 def refusing(path, what, remedy):
     """Whatever goes wrong inside over what a file holds becomes a ValueError of one line: path, what it is not, why, the remedy."""
@@ -87,8 +92,7 @@ def refusing(path, what, remedy):
     except Exception as e:  # whatever a damaged file leads to
         if NO_MEMORY in str(e):
             raise
-        why = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} {what} ({why}); {remedy}") from None
+        raise ValueError(f"{path} {what} ({reason(e)}); {remedy}") from None
 
 
 def write_safetensors(path, tensors, **meta):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from common import reason
 from weights import hub_snapshot
 
 
@@ -168,8 +169,7 @@ def load_items(name, split, data_dir=None):
             kept = ("question", "choices", "answer") if name in ("arc_easy", "arc_challenge") else ("subject", "question", "choices", "answer")
             items.append({key: item[key] for key in kept if key in item} | {"place": place})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            why = f"no {e}" if isinstance(e, KeyError) else e
-            raise ValueError(f"{place}: {why}; expected {{question, choices: [text, ...], answer: index}}") from None
+            raise ValueError(f"{place}: {reason(e)}; expected {{question, choices: [text, ...], answer: index}}") from None
     if name == "mmlu_5shot":
         dev = load_items("mmlu", "dev", data_dir)
         for item in items:

@@ -76,11 +76,17 @@ def some_articles(args, default):
     return load_articles("test", args.data_dir)[: args.limit or (None if args.full else default)]
 
 
+def check_reach(model, speedup, called="speedup"):
+    """ValueError unless blocks that all fill keys and values can reach this speedup in bits; `called` so."""
+    top = most_speedup(model.config.n_layer, bit_costs(model.config))
+    if not 1 <= speedup <= top:
+        raise ValueError(f"{called} {speedup:g} is out of reach: give 1 to {floor(top)}")
+
+
 def make_policy(method, speedup, known, model, policy, path):
     """What `LLM.forward` takes, or a function of the tokens that gives it, for a method's name (baselines.py); measures what it goes by."""
-    top = most_speedup(known.L, bit_costs(model.config))
-    if method not in ALONE and not 1 <= speedup <= top:
-        raise ValueError(f"--speedup {speedup:g} is out of reach: give 1 to {floor(top)}")
+    if method not in ALONE:
+        check_reach(model, speedup, "--speedup")
     if method in ("dash", "position_mix") and policy is None:
         read_policy(path, model, True)  # says why there is none
     if method == "dash":
@@ -298,10 +304,8 @@ def name_of(policy):
 def variant(policy, model, examples, speedups, goals=None, **change):
     """Copies of a policy with other attributes, one a speedup, each priced to cost on these examples what is asked, or `goals`, or as
     near to it as the states allowed can come. ValueError when a speedup is out of every policy's reach."""
-    top = most_speedup(model.config.n_layer, bit_costs(model.config))
     for s in speedups:
-        if not 1 <= s <= top:
-            raise ValueError(f"speedup {s:g} is out of reach: give 1 to {floor(top)}")
+        check_reach(model, s)
     policy = copy.copy(policy)
     for name, value in change.items():
         setattr(policy, name, value)

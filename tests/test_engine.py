@@ -491,22 +491,26 @@ def test_without_a_gpu_the_suite_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("capability, free, says", [((7, 5), 80, "no bf16"), ((9, 0), 20, "--full"), ((9, 0), 4, "billion parameters would fit")])
-def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
+def a_gpu(monkeypatch, free, capability=(9, 0)):
+    """What check_gpu is told of a GPU: bytes that are free, and its capability."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (free, 80 * 10**9))
+
+
+@pytest.mark.parametrize("capability, free, says", [((7, 5), 80, "no bf16"), ((9, 0), 20, "--full"), ((9, 0), 4, "billion parameters would fit")])
+def test_a_gpu_that_cannot(monkeypatch, capability, free, says):
+    a_gpu(monkeypatch, free * 10**9, capability)
     with pytest.raises(ValueError, match=says):
         check_gpu(speed.SHAPES["LLaMA-2-7B"], "cuda")
     with pytest.raises(ValueError, match="--suite gpu: .*; use a larger or newer GPU$"):
         speed.random_model("LLaMA-2-7B", speed.SHAPES["LLaMA-2-7B"], "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (30 * 10**9, 80 * 10**9))
+    a_gpu(monkeypatch, 30 * 10**9)
     for config in speed.SHAPES.values():
         check_gpu(config, "cuda")
         with pytest.raises(ValueError, match=r"4[0-9]\.[0-9] GB of weights"):
             check_gpu(config, "cuda", torch.float32)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (80 * 10**9, 80 * 10**9))
+    a_gpu(monkeypatch, 80 * 10**9)
     check_gpu(config, "cuda", torch.float32)
 
 
@@ -518,11 +522,9 @@ def test_the_room_that_decoding_needs(monkeypatch, plain):
     need = 2 * (linears + 2 * head) + head
     if not plain:
         need += linears + (linears + keys) * (2 * 1 / 2 + 2 * 2 / quant.GROUP)  # nibbles twice, scale and zero in bf16
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "A GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (9, 0))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(need) + 10**6, 80 * 10**9))
+    a_gpu(monkeypatch, int(need) + 10**6)
     check_gpu(c, "cuda", plain=plain)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (int(need) - 10**6, 80 * 10**9))
+    a_gpu(monkeypatch, int(need) - 10**6)
     with pytest.raises(ValueError, match="GB of weights"):
         check_gpu(c, "cuda", plain=plain)
 

@@ -57,16 +57,21 @@ def test_reward_of_text_is_log_p_routed_less_full(model):
     assert torch.allclose(r_acc, again - log_p(example.rows, None), atol=1e-4)
 
 
-def stepped(model, tmp_path, monkeypatch, r_acc, steps, mu=0.0, goal=2.0, **settings):
+def test_the_baseline_is_the_mean_of_the_others():
+    assert reinforce.leave_one_out(torch.tensor([[[1.0], [2.0], [6.0]]])).flatten().tolist() == [4.0, 3.5, 1.5]
+
+
+nothing = lambda states: torch.zeros(states.shape[1:])  # a reward
+
+
+def stepped(model, tmp_path, monkeypatch, r_acc, steps, goal=2.0, **settings):
     """Steps of the policy gradient with a reward of our own, r_acc(states (L, rollouts, tokens)) -> (rollouts, tokens); their log."""
     policy = rollout(model, **settings)
-    policy.scorer, policy.mu = Scorer(4, 64), mu
-    torch.nn.init.zeros_(policy.scorer.bias)
+    policy.scorer, policy.mu = Scorer(4, 64), 0.0
 
-    def reward_of(model, example, policy):
-        model.hidden(example.rows.repeat(reinforce.ROLLOUTS, 1), policy)
-        of_tokens = lambda t: t.unflatten(1, (reinforce.ROLLOUTS, 1))[:, :, example.keep()]
-        return r_acc(of_tokens(policy.states)), of_tokens(policy.states), of_tokens
+    def reward_of(*given, real=reinforce.reward_of):
+        _, states, of_tokens = real(*given)
+        return r_acc(states), states, of_tokens
 
     monkeypatch.setattr(reinforce, "reward_of", reward_of)
     monkeypatch.setattr(reinforce, "LR", 0.02)
@@ -84,7 +89,6 @@ def test_it_comes_to_do_what_is_rewarded(model, tmp_path, monkeypatch):
 
 
 def test_the_price_rises_where_too_much_is_spent(model, tmp_path, monkeypatch):
-    nothing = lambda states: torch.zeros(states.shape[1:])
     [dear] = stepped(model, tmp_path, monkeypatch, nothing, 1, goal=1.0)
     [cheap] = stepped(model, tmp_path, monkeypatch, nothing, 1, goal=3.9)
     assert 1.0 < dear["cost"] < 3.9 and dear["mu"] > 0 > cheap["mu"]
@@ -95,7 +99,7 @@ def test_the_clock_is_rewarded_where_it_is_the_cost(model, tmp_path, monkeypatch
     """Eq 15 counts states in bits, measured milliseconds in latency; w_i can be left out."""
     seen = []
     monkeypatch.setattr(reinforce, "rewards", lambda *given: (seen.append(given), rewards(*given))[1])
-    stepped(model, tmp_path, monkeypatch, lambda states: torch.zeros(states.shape[1:]), 1, costs=[0.5, 1.5, 2.5, 4.0], cost=cost, weights=False)
+    stepped(model, tmp_path, monkeypatch, nothing, 1, costs=[0.5, 1.5, 2.5, 4.0], cost=cost, weights=False)
     assert all(given[3].tolist() == counted and given[4] is False for given in seen)
 
 
