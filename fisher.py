@@ -4,7 +4,8 @@ Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, t
 W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i times its input, and
 its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d
 log p(sequence) / d a, averaged over draws. That is the second-order estimate of the KL divergence which this one choice adds over *all*
-later tokens, damage to keys and values included. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
+later tokens, damage to keys and values included. Of a multiple-choice item it is that of the answers' probabilities; its question opens
+the row of every choice and runs in the same states in all of them, so there the slopes of the rows are added before they are squared. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
 other decision at state 4: a value, where the paper samples returns.
 
     fisher_labels   one forward pass of the full model, and for each draw one backward pass to all gates at once
@@ -63,9 +64,11 @@ class Gated:
 
 
 def drawn_slope(model, hidden, example, generator):
-    """Draw targets from the model's own distribution: the last hidden states (R, T, C), detached -> d log p(targets) / d hidden (R, T, C).
+    """A random slope by the last hidden states (R, T, C), detached -> (R, T, C). In the mean the square of what follows from it is that of
+    d log p(target) / d hidden for targets of the model's own distribution.
 
-    Text: a token at every position, so the slope is the drawn row of the head minus the expected row. Multiple choice: one answer.
+    Text: draws a token at every position, so the slope is the drawn row of the head minus the expected row. Multiple choice: the sum over
+    the answers, each by the root of its probability and a random sign; one drawn answer says far less, as an unlikely one has the slope.
     """
     if example.choices is None:
         p = model.head(hidden[0]).softmax(-1)
@@ -74,8 +77,8 @@ def drawn_slope(model, hidden, example, generator):
         u = torch.rand(len(p), 1, generator=generator).to(p.device) * p[:, -1:]
         return (model.head.weight[torch.searchsorted(p, u)[:, 0].clamp(max=p.shape[1] - 1)] - expected)[None]
     logp = outcomes(model, hidden.requires_grad_(), example)[0][0]
-    pick = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).item()
-    return torch.autograd.grad(logp[pick], hidden)[0]
+    signs = 2 * torch.randint(2, logp.shape, generator=generator) - 1
+    return torch.autograd.grad(logp, hidden, signs.to(logp) * (logp.detach() / 2).exp())[0]
 
 
 def fisher_labels(model, example, scale, generator):
@@ -103,11 +106,15 @@ def fisher_labels(model, example, scale, generator):
             del linear.low["gate"]
     hidden = model.norm(x).view(R, T, -1)
     slopes = torch.autograd.grad(hidden, gates[1:], drawn_slope(model, hidden.detach(), example, generator))
-    return (torch.stack(slopes).square() / 2).permute(2, 0, 1)[example.keep().flatten()], inputs
+    # where rows begin alike they run in the same states: one choice, whose damage is shared among them
+    alike = (example.rows[:, None] == example.rows).cumprod(-1).to(x.dtype)  # (R, R, T)
+    slopes = torch.einsum("bsqt,rqt->bsrt", torch.stack(slopes).view(L - 1, 3, R, T), alike) / alike.sum(1).sqrt()
+    return (slopes.square() / 2)[..., example.keep()].permute(2, 0, 1), inputs
 
 
 def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
-    """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,).
+    """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,),
+    and the mean of all labels of a token's example (N,).
 
     Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
     """
@@ -123,6 +130,7 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
         labels, inputs = fisher_labels(model, examples[n], scale, generator)
         position = torch.arange(keep.shape[1], device=device).expand_as(keep)[keep]
         part = {f"input.{i}": scorer.features(inputs[i], 0)[keep].bfloat16() for i in plans} | {"labels": labels, "position": position}
+        part["size"] = labels[..., 1:].mean().expand(len(labels))
         parts.append(part)
         saved += len(labels)
         if saved >= 4096 or n + 1 == len(examples):
@@ -130,7 +138,7 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
             saved = 0
             checkpoint.write(n + 1, parts[0])
     [found] = parts
-    return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"]
+    return found["labels"], {i: found[f"input.{i}"] for i in plans}, found["position"], found["size"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,7 +192,9 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
 
     few: examples that the damage of skips is measured on. The log, a line an epoch, goes to log_path.
     """
-    labels, inputs, position = gather_labels(model, examples, scorer, scale, horizon, checkpoint)
+    labels, inputs, position, size = gather_labels(model, examples, scorer, scale, horizon, checkpoint)
+    if few[0].choices:  # where two answers are close all labels are large, which no token can tell: items count alike, or a few outweigh all
+        labels[..., 1:] *= (size.mean() / size.clamp(min=1e-20))[:, None, None]
     # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
     # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
     # mean. For items all of it.

@@ -17,6 +17,7 @@ from test_routing import random_policy
 
 ITEMS = [{"question": "What sat on the mat?", "choices": ["the cat", "the dog ate the hat", "2024"], "answer": 0},
          {"subject": "high_school_mats", "question": "Who ate?", "choices": ["the dog", "cat"], "answer": 1}]
+CLOSE = ITEMS[0] | {"choices": ["the cat ate", "the dog sat", "hat cat ate"]}  # whose answers are of much the same probability
 
 
 def test_prompts_are_those_of_the_harness():
@@ -76,6 +77,42 @@ def test_fisher_label_of_an_item_is_the_kl_of_its_answer(tiny):
         routed = outcomes(model, model.hidden(example.rows, Fixed(states)), example)[0]
         ratios.append(labels[n, 1, 2].item() / kl(full, routed).item())
     assert 0.5 < sorted(ratios)[2] < 2, ratios  # the second order of a whole step: right on the whole, not for every one
+
+
+def test_a_question_opens_every_row_and_is_one_choice(tiny):
+    """Its tokens run in the same states in all rows, which shifts the answers alike: the label is the KL of that, shared among the rows."""
+    model, tokenizer = load(str(tiny))
+    model.quantize()
+    [example] = item_examples(tokenizer, [CLOSE], 512, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(*example.rows.shape, 3, 3)
+    labels[example.keep()] = sum(fisher.fisher_labels(model, example, [1.0] * 4, generator)[0] for _ in range(200)) / 200
+    asked = len(tokenizer.encode(question(CLOSE)[0]))
+    assert torch.allclose(labels[:, :asked], labels[:1, :asked].expand(3, -1, -1, -1))
+    assert torch.allclose(labels[0, asked], labels[1, asked]) and not torch.allclose(labels[0, asked], labels[2, asked])  # the "the" of two
+    assert not torch.allclose(labels[0, asked + 1], labels[2, asked + 1])  # two cats, of which one is behind a hat
+    full = outcomes(model, model.hidden(example.rows), example)[0].detach()
+    ratios = []
+    for t in labels[0, :asked, 1, 2].topk(5).indices.tolist():
+        states = torch.full((4, *example.rows.shape), 4)
+        states[2, :, t] = 2
+        routed = outcomes(model, model.hidden(example.rows, Fixed(states)), example)[0]
+        ratios.append(labels[:, t, 1, 2].sum().item() / kl(full.double(), routed.double()).item())
+    assert 0.5 < sorted(ratios)[2] < 2, ratios
+
+
+def test_one_slope_of_an_item_says_what_all_answers_would(tiny):
+    """Squares of signed sums over the answers: their mean is the mean over drawn answers, with far less noise where one answer is likely."""
+    model, tokenizer = load(str(tiny))
+    [example] = item_examples(tokenizer, [CLOSE], 512, "cpu")
+    hidden = model.hidden(example.rows).detach().requires_grad_()
+    logp = outcomes(model, hidden, example)[0][0]
+    slopes = torch.stack([torch.autograd.grad(v, hidden, retain_graph=True)[0] for v in logp])
+    wanted = (logp.exp()[:, None, None, None] * slopes.square()).sum(0).detach()
+    generator = torch.Generator().manual_seed(0)
+    found = torch.stack([fisher.drawn_slope(model, hidden.detach(), example, generator).square() for _ in range(400)])
+    some = wanted > wanted.max() / 1000
+    assert torch.allclose(found.mean(0)[some], wanted[some], rtol=0.1)
 
 
 def test_reward_of_an_item_is_plus_or_minus_one(tiny):

@@ -17,7 +17,7 @@ import train
 from baselines import compare
 from conftest import ended, script, start
 from common import Checkpoint, read_safetensors, write_safetensors
-from data import kl, text_examples
+from data import item_examples, kl, text_examples
 from infer import generate
 from model import load
 from policy import Fixed, Policy, Scorer, bit_costs, mean_cost
@@ -326,6 +326,21 @@ def test_mean_labels_by_block_and_position(tiny, tmp_path, monkeypatch):
     by_token = labels.view(3, 20, 3, 3)
     for bucket, t in ((0, slice(0, 1)), (1, slice(1, 2)), (2, slice(2, 4)), (5, slice(16, 20)), (9, slice(0, 20))):  # a bucket without tokens: all
         assert torch.allclose(table[bucket, 1:, :3], by_token[:, t].mean((0, 1)), rtol=1e-4)
+
+
+def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
+    """Where two answers are close every slope is large, where one is all but certain small: neither outweighs the other."""
+    model, tokenizer = load(str(tiny))
+    items = [{"question": "What sat on the mat?", "choices": choices, "answer": 0} for choices in (["the cat ate", "the dog sat"], ["cat", "2024 hats"])]
+    examples = item_examples(tokenizer, items, 512, "cpu")
+    labels = learned(model, tmp_path, monkeypatch, examples)[0][..., 1:]
+    close, far = labels.split([sum(e.lengths) for e in examples])
+    raw = [fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(examples)]
+    assert close.mean() == pytest.approx(far.mean().item(), rel=1e-4) and not raw[0].mean() == pytest.approx(raw[1].mean().item(), rel=0.5)
+    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean())
+    texts = text_examples(torch.randint(0, 300, (2, 20)))
+    assert torch.equal(learned(model, tmp_path, monkeypatch, texts)[0][:20, :, 1:],
+                       fisher.fisher_labels(model, texts[0], [1.0] * 4, torch.Generator().manual_seed(0))[0][..., 1:])
 
 
 def test_each_block_learns_its_own_labels():
