@@ -4,9 +4,11 @@ Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, t
 W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i times its input, and
 its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d
 log p(sequence) / d a, averaged over draws. That is the second-order estimate of the KL divergence which this one choice adds over *all*
-later tokens, damage to keys and values included. Of a multiple-choice item it is that of the answers' probabilities; its question opens
-the row of every choice and runs in the same states in all of them, so there the slopes of the rows are added before they are squared. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
+later tokens, damage to keys and values included. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
 other decision at state 4: a value, where the paper samples returns.
+
+Of a multiple-choice item it is the KL of the answers' probabilities. The question opens the row of every answer and runs in the same states
+in all of them, one choice, so there the slopes of the rows are added before they are squared.
 
     fisher_labels   one forward pass of the full model, and for each draw one backward pass to all gates at once
     fit             the scorer (policy.Scorer, Eq 8-10) learns their expectation from the hidden state
@@ -114,7 +116,7 @@ def fisher_labels(model, example, scale, generator):
 
 def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     """What the scorer learns from: labels (N, L - 1, 3), its inputs {block that plans: features (N, d + 2) bf16}, positions (N,),
-    and the mean of all labels of a token's example (N,).
+    and the mean label for INT4 and INT8 of the example that a token is in (N,).
 
     Saved every few examples; every example draws from its own generator, so a resumed run draws the same.
     """
@@ -122,6 +124,8 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     device = examples[0].rows.device
     plans = [i for i in range(L) if plan(i, L, horizon)]
     done = checkpoint.meta["step"]
+    if done and "size" not in checkpoint.tensors:
+        raise ValueError(f"{checkpoint.path} has labels of an older version, without size; start anew without --resume")
     parts = [{k: t.to(device) for k, t in checkpoint.tensors.items()}] if done else []
     saved = 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):

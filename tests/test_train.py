@@ -343,6 +343,14 @@ def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
                        fisher.fisher_labels(model, texts[0], [1.0] * 4, torch.Generator().manual_seed(0))[0][..., 1:])
 
 
+def test_labels_of_an_older_version_are_refused(tiny, tmp_path):
+    model, _ = load(str(tiny))
+    write_safetensors(tmp_path / "c.safetensors", {"labels": torch.zeros(20, 3, 3), "position": torch.zeros(20)}, step=1, settings={})
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", {}, 0, True)
+    with pytest.raises(ValueError, match="c.safetensors has labels of an older version, without size; start anew"):
+        fisher.gather_labels(model, text_examples(torch.randint(0, 300, (1, 20))), Scorer(4, 64), [1.0] * 4, 4, checkpoint)
+
+
 def test_each_block_learns_its_own_labels():
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.1, 0.01], [0.3, 3.0, 0.03], [0.2, 0.5, 5.0]])
