@@ -198,13 +198,11 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     """
     labels, inputs, position, size = gather_labels(model, examples, scorer, scale, horizon, checkpoint)
     if few[0].choices:  # where two answers are close all labels are large, which no token can tell: items count alike, or a few outweigh all
-        labels[..., 1:] *= (size.mean() / size.clamp(min=1e-20))[:, None, None]
+        labels *= (size.mean() / size.clamp(min=1e-20))[:, None, None]
     # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
-    # but certain, or an answer unlikely, there is no slope, and yet a skip can do great damage: so every token's label has a share of that
-    # mean. For items all of it.
+    # but certain there is no slope, and yet a skip can do great damage: so every token's label has a share of that mean.
     skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
-    share = 1.0 if few[0].choices else SKIP_SHARE
-    labels[..., 0] = share * skip + (1 - share) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    labels[..., 0] = SKIP_SHARE * skip + (1 - SKIP_SHARE) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table, where = mean.repeat(POSITIONS, 1, 1), bucket(position)

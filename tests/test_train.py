@@ -333,7 +333,10 @@ def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
     model, tokenizer = load(str(tiny))
     items = [{"question": "What sat on the mat?", "choices": choices, "answer": 0} for choices in (["the cat ate", "the dog sat"], ["cat", "2024 hats"])]
     examples = item_examples(tokenizer, items, 512, "cpu")
-    labels = learned(model, tmp_path, monkeypatch, examples)[0][..., 1:]
+    labels = learned(model, tmp_path, monkeypatch, examples)[0]
+    skip, labels = labels[:, :2, 0], labels[..., 1:]
+    measured = baselines.sensitivities(model, examples, [1.0] * 4, states=[0])[1:3, 0]
+    assert torch.allclose(skip.mean(0), measured, rtol=1e-3) and (skip.amax(0) > 2 * skip.amin(0)).all()  # each token's own
     close, far = labels.split([sum(e.lengths) for e in examples])
     raw = [fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(examples)]
     assert close.mean() == pytest.approx(far.mean().item(), rel=1e-4) and not raw[0].mean() == pytest.approx(raw[1].mean().item(), rel=0.5)
