@@ -76,8 +76,10 @@ def train(r):
         x, y, label, title = "epoch", "loss", "loss of the fit", "fit to Fisher labels"
     elif "ce" in log[0]:
         x, y, label, title = "step", "ce", "CE, nats a token", "cross-entropy of the gated model"
-    else:
+    elif "r_acc" in log[0]:
         x, y, label, title = "step", "r_acc", "R_acc, nats a token", "reward of the sampled states"
+    else:
+        x, y, label, title = "step", "loss", "loss", "loss"
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")
@@ -156,7 +158,7 @@ def table(r):
     model's; in the place of accuracy, of which few items say little, KL."""
     full, *rows = r["rows"]
     x, full, perplexity, choice = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity", r["metric"] == "accuracy"
-    worth = lambda row: max(row["kl"], 1e-5) if choice else row["value"]
+    worth = lambda row: max(row["kl"], 1e-7) if choice else row["value"]
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(15 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):

@@ -74,7 +74,7 @@ def test_numbers_between_the_tables_are_those_of_results():
                  f"At 2.67x asked its KL is {easy}, {challenge}, {mmlu} and {articles} of a static plan's",
                  f"on the first four of these windows, by {more(2.67):.1f}% and {more(3.2):.1f}%.",
                  f"products is {beside(16, '4'):.0f}% of a block's time in bf16 and {beside(4, '1'):.0f}% in INT4",
-                 f"([{result('train-gpu')['seconds']} s](results/README.md#on-a-gpu))",
+                 f"([{re.search(r'([0-9]+) s in all', result('train-gpu')['caption'])[1]} s](results/README.md#on-a-gpu))",
                  f"decisions cost {between([row['async / known'] for row in planned], '.0f')}% of a token, ",
                  f"and on the same stream {between([behind(row) for row in planned], '.0f')}%",
                  f"one block ahead they cost {ahead['async / known']:.0f}%, on the same stream {behind(ahead):.0f}%",
