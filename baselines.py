@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, n_tokens, outcomes
-from policy import INDEX_OF, STATES, ByPosition, Fixed, bit_costs, lowest_price, mean_cost, random_states, state_shares, static_plan
+from policy import INDEX_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -197,7 +197,7 @@ def skipdecode(known, speedup):
 
 
 class AdaSkip(Fixed):
-    """Sublayers skipped from the start, and after `WARMUP` decoded tokens of a text also the MLPs whose mean similarity on those
+    """Sublayers skipped from the start, and after `WARMUP` decoded tokens of a text also the MLPs, but the last, whose mean similarity on those
     tokens reaches the threshold: that of the least similar sublayer skipped from the start."""
 
     WARMUP = 20
@@ -260,10 +260,16 @@ def best_static(known, candidates, measure, speedup):
     return one_plan(min((candidate(speedup) for candidate in candidates), key=measure), known.scale)
 
 
-def position_mix(known, speedup, tokens=1024):
-    at = lambda mu: ByPosition(known.position_damage, known.costs, mu, known.scale)
-    cost_at = lambda mu: mean_cost(at(mu).window(0, tokens), known.costs)
-    return at(lowest_price(cost_at, 4 / speedup))  # within the cost asked for in windows of so many tokens
+def position_mix(known, speedup):
+    damage, costs = known.position_damage.clone(), known.costs.cpu()
+    damage[:, 0, :3], damage[:, -1, 0] = math.inf, math.inf
+
+    def draw(tokens):  # within the cost asked for in a window as long as this one
+        of_tokens = damage[bucket(torch.arange(tokens.shape[1]))].transpose(0, 1)  # (L, T, 4)
+        at = lambda mu: STATES[(of_tokens + mu * costs).argmin(-1)]
+        return Fixed(at(lowest_price(lambda mu: mean_cost(at(mu), costs), 4 / speedup))[:, None], known.scale)
+
+    return draw
 
 
 def static_candidates(known, alone, measure, targets):

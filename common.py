@@ -140,9 +140,11 @@ class Checkpoint:
         self.seed = seed
         self.tensors = {}
         self.meta = {"step": 0}
-        if resume and not self.path.exists():
+        if not resume:
+            self.path.unlink(missing_ok=True)  # of an earlier run: killed before its first checkpoint, this one would go on from there
+        elif not self.path.exists():
             print(f"--resume: {path} is not there, so this starts anew", file=sys.stderr)
-        elif resume:
+        else:
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:
                 was = self.meta.get("settings", {})

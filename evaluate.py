@@ -296,7 +296,8 @@ def publish(args, name, model, **content):
 
 def name_of(policy):
     s = policy.settings
-    kind = "dash" if s.get("objective", "fisher") == "fisher" else "rl from fisher" if s.get("start") else "rl"
+    kind = s.get("objective", "fisher").replace("fisher", "dash")
+    kind += f" from {s['start'].split(',')[0]}" if s.get("start") else ""
     off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
     return f"{kind}, horizon {policy.horizon}, seed {s.get('seed', 0)}{''.join(off)}"
 

@@ -22,7 +22,7 @@ import torch
 
 from common import Parser, command_line, pick_device
 from model import CHUNK, Block, KVCache, load
-from policy import ByPosition, Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
+from policy import Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
 from quant import CHOSEN, compiled
 
 
@@ -335,7 +335,7 @@ def has_graphs(model, policy):
     if policy is None:
         return True
     routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
-    known = type(policy) in (Fixed, ByPosition)  # others may decide by what they see
+    known = type(policy) is Fixed  # others may decide by what they see
     return (routed or known) and policy.kv == "fill" and len(policy.scale) == model.config.n_layer
 
 
@@ -358,9 +358,9 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
 
     Returns a dict: "text", "tokens" (ids), "prompt_tokens" (their number), "states" (L, N) uint8 of all N tokens that were
     run, the prompt first, or (2 L, N) (see `LLM.hidden`), "token_states" (L, n): those that produced each new token, "first_token_s" and
-    "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". `on_token(id, text,
-    states)` is called as tokens come; its text never ends in half a character. sync: on a GPU, decide on the stream that runs the
-    blocks; eager: without CUDA graphs; ignore_eos: go on after an end token.
+    "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". Where no second token
+    came, step_s is that of the prompt. `on_token(id, text, states)` is called as tokens come; its text never ends in half a character. sync: on
+    a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs; ignore_eos: go on after an end token.
     ValueError for an empty prompt, one that leaves no room in the context, max_new_tokens below 1, and logits that are not finite.
     """
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)

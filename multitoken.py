@@ -34,6 +34,7 @@ from common import Checkpoint, descend, format_table, lock_folder, pick_device
 from data import load_text, windows
 from evaluate import in_rounds, publish, ratio
 from model import KVCache, load
+from train import digest
 
 BATCH, WINDOW, LR = 2, 256, 1e-4  # windows a training step, tokens of a window
 TAUS, NEW = (1, 2, 3, 4), 61  # cycles; tokens to decode, one more than a multiple of every tau, for whole cycles
@@ -161,15 +162,15 @@ def multitoken(args):
     size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
     train = windows(tokenizer, text, 10**6, size, task).to(device)
     test = windows(tokenizer, held_out, args.limit or (10**6 if args.full else 16), size, task, spread=True).to(device)
-    settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint()}
+    settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint(), "text": digest(text)}
+    checkpoints = {tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume) for tau in TAUS}
     late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
     made = lambda tau: decode(model, prompt, tau, NEW, late)
     made(1)  # too short a context, or too few blocks: say so before any training
     for tau in TAUS:
         before = nats_by_place(model, test, tau, late, max(TAUS))
-        checkpoint = Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume)
-        finetune(model, train, tau, late, args.steps, checkpoint)
+        finetune(model, train, tau, late, args.steps, checkpoints[tau])
         after = nats_by_place(model, test, tau, late, max(TAUS))
         values = in_rounds(args.rounds, {"cycles": lambda: made(tau)["tokens_per_second"], "full": lambda: made(1)["tokens_per_second"]})
         out = made(tau)

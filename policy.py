@@ -310,18 +310,6 @@ def bucket(t):
     return torch.bucketize(t, 2 ** torch.arange(POSITIONS - 1, device=t.device), right=True)
 
 
-class ByPosition(Fixed):
-    """A plan by block and position, blind to content: `argmin damage + mu cost` of a table (POSITIONS, L, 4) (ours)."""
-
-    def __init__(self, damage, costs, mu, scale=None):
-        damage = damage.clone()
-        damage[:, 0, :3], damage[:, -1, 0] = math.inf, math.inf
-        super().__init__(STATES[(damage + mu * costs.cpu()).argmin(-1)].T, scale)  # (L, POSITIONS)
-
-    def window(self, start, T):
-        return self.given[:, None, bucket(torch.arange(start, start + T))]
-
-
 class Policy:
     """A trained scorer with all that is needed to use it.
 

@@ -123,7 +123,7 @@ def frontier(args):
     priced = [variant(p, model, examples, speedups, same) for p in policies]
     for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),
-                 ("by position", speedup, baselines.position_mix(known, 4 / cost, size))]
+                 ("by position", speedup, baselines.position_mix(known, 4 / cost))]
         ways += [(p.name, speedup, p) for p in those]
     rows = [{"method": name, "target": s} | public(r) for (name, s, _), r in zip(ways, compare(model, examples, [p for *_, p in ways]))]
     kept = budget(args, policy, task, [s for s in (2.0, 2.67, 3.2) if s in speedups])
@@ -239,6 +239,8 @@ def figures(args):
     if task in TEXTS:
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
     model, tokenizer, policies, known, items = at_hand(args, task, 60)
+    if any(p.settings.get("cost") == "latency" for p in policies):
+        raise ValueError("figures compares speedups in bits; train its policies without --cost latency")
     baselines.observe(known, model)
     text = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)

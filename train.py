@@ -1,7 +1,7 @@
 """Train a routing policy for a real LLM and show what it does:   python train.py
 
-    1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation that the scorer standardises by, over all blocks' inputs
-                   (baselines.profile)
+    1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation of the blocks' inputs, averaged over blocks, by which the
+                   scorer standardises (baselines.profile)
     2  round       INT4 codes by GPTQ, block after block; cached beside the model and used again by the next run (quant.py)
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default; fisher.py)
@@ -124,7 +124,7 @@ def arguments():
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--lam", type=float, default=reinforce.LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
-    p.add_argument("--beta", type=float, help="rl: weight of the efficiency reward (Eq 12); default four times the static plan's price")
+    p.add_argument("--beta", type=float, help="rl: weight of the efficiency reward (Eq 12); default four times the price it starts from")
     p.add_argument("--no-weights", action="store_true", help="rl: w_i = 1 for every block (Eq 14 left out)")
     p.add_argument("--out", default="out", help="folder to write into")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -168,8 +168,9 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
                 settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
                 shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
+    print(f"\n{markdown}\n\n{caption} On {device_name(model.embed.weight.device)}.")
     draw(out / "train.json")
-    print(f"\n{markdown}\n\n{caption} On {device_name(model.embed.weight.device)}.\nwrote {wrote}, train.json, train.jsonl and train.png into {out}")
+    print(f"wrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
 
 def train_routers(args, device, text, model, tokenizer, read, some):
@@ -263,7 +264,8 @@ def main():
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     cache_codes(model, pool)
     model.quantize(int4=settings["int4"])
-    scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0).to(device)
+    wide = {"width": len(start.scorer.first.bias)} if start else {}
+    scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide).to(device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
     log_path = out / "train.jsonl"

@@ -42,6 +42,8 @@ def test_infer_json(tiny, policy_file):
     sampled = [last_json(script("infer.py", *common, "--temperature", 1, "--seed", s))["text"] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert last_json(script("infer.py", *common, "--full"))["speedup_bits"] == 1.0
+    done = script("infer.py", *common, "--max-new-tokens", 1)  # there is but the prompt's time
+    assert last_json(done)["speedup_measured"] is None and "too few to measure" in done.stdout
 
 
 def test_infer_shows_states_in_a_plain_terminal(tiny, policy_file):

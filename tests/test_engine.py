@@ -19,7 +19,7 @@ from charts import draw
 from conftest import script, tiny_folder
 from infer import Engine, bucket_of, engine_for, generate
 from model import RMSNorm, attend_in_parts, check_gpu, load
-from policy import ByPosition, Fixed, bit_costs, random_states
+from policy import Fixed, bit_costs, random_states
 from test_routing import random_policy
 
 PROMPT = torch.randint(300, (110,), generator=torch.Generator().manual_seed(0)).tolist()  # ends 18 tokens before a bucket does
@@ -153,8 +153,7 @@ def test_engine_equals_eager_decoding(tmp_path, kind, change, horizon):
         compare(model, policy, engine, temperature=1.0, seed=seed)
     assert seen == {0, 1, 2, 4} and {k[-1] for k in engine.graphs if k[1] in (1, 2, 4)} >= {128, 256}
     states = random_states((6, 1, 300), 1.2, bit_costs(model.config), torch.Generator().manual_seed(1))
-    for fixed in (None, Fixed([4, 0, 1, 2, 4, 1], policy.scale), Fixed(states, policy.scale),
-                  ByPosition(torch.rand(11, 6, 4), bit_costs(model.config), 0.2)):
+    for fixed in (None, Fixed([4, 0, 1, 2, 4, 1], policy.scale), Fixed(states, policy.scale)):
         compare(model, fixed, engine)
 
 

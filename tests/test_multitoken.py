@@ -160,9 +160,12 @@ def test_the_command(tiny, some_text, tmp_path, monkeypatch, capsys):
     multitoken.multitoken(args)
     again = json.loads((tmp_path / "multitoken.json").read_text())["rows"]
     assert all(a["after"] == b["after"] and a["before"] == b["before"] and a["text"] == b["text"] for a, b in zip(rows, again))
-    args.steps = 9
-    with pytest.raises(ValueError, match="other settings"):
-        multitoken.multitoken(args)
+    for changed, value in ((args, {"steps": 9}), (multitoken, {"load_text": lambda *of: load_text(str(some_text), "test")})):
+        before = {name: getattr(changed, name) for name in value}
+        vars(changed).update(value)
+        with pytest.raises(ValueError, match="other settings"):
+            multitoken.multitoken(args)
+        vars(changed).update(before)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import baselines
 import policy as P
 from common import device_name
 from policy import STATES, Fixed, Policy, Scorer
@@ -233,14 +234,14 @@ def test_buckets_and_a_plan_by_position():
     damage = torch.zeros(P.POSITIONS, 3, 4)
     damage[..., :3] = torch.tensor([9.0, 2.0, 0.5])
     damage[0, 1, 1] = 0.1  # at t = 0 the second block bears INT4
-    plan = P.ByPosition(damage, COSTS, 1.0)
-    assert plan.window(0, 701)[:, 0, [0, 1, 700]].tolist() == [[4, 4, 4], [1, 2, 2], [2, 2, 2]]
+    known = baselines.Known(3, COSTS, scale=[1.0] * 3, position_damage=damage)
+    for T in (2, 701):
+        [block1, block2, block3] = baselines.position_mix(known, 1.5)(torch.zeros(1, T)).window(0, T)[:, 0].tolist()
+        assert (block1[0], block2[0], block3[0]) == (4, 1, 2) and {*block2[1:], *block3[1:]} == {2} and {*block1} == {4}
 
 
 def test_greedy_path_and_static_candidates():
     """Additive damage: the lazy greedy path lowers blocks in the order of harm per cost, and all candidates meet their budget."""
-    import baselines
-
     alone = torch.tensor([[0, 0, 0, 0], [9, 3, 0.4, 0], [9, 1, 0.3, 0], [9, 2, 0.1, 0], [9, 5, 0.2, 0]], dtype=torch.float32)
     measured = []
 

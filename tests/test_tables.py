@@ -13,7 +13,7 @@ from baselines import compare
 from conftest import ROOT, script, tiny_folder
 from data import item_examples, load_articles, load_items, load_text, question
 from model import load
-from policy import Fixed
+from policy import Fixed, Policy, Scorer
 from test_routing import random_policy
 
 LAYERS = 6
@@ -238,13 +238,27 @@ def test_faults_of_training_switches(some_text, args, word):
 
 
 def test_training_switches_reach_the_policy(tiny, some_text, tmp_path):
-    from policy import Policy
-
     done = script("train.py", "--model", tiny, "--data", some_text, "--objective", "rl", "--steps", 2, "--speedup", 1.5, "--lam", 0,
                   "--beta", 0, "--no-weights", "--horizon", 0, "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     policy = Policy.load(tmp_path / "o" / "policy.safetensors")
     assert policy.scorer.lam == 0 and policy.horizon == 0 and evaluate.name_of(policy) == "rl, horizon 0, seed 0, without lam, without beta, without w_i"
+
+    policy.scorer = Scorer(4, policy.scorer.first.in_features - 2, width=48)  # another scorer: its file brings the width along
+    policy.save(tmp_path / "wide.safetensors")
+    done = script("train.py", "--model", tiny, "--data", some_text, "--objective", "rl", "--steps", 1, "--speedup", 1.5, "--horizon", 0,
+                  "--start", tmp_path / "wide.safetensors", "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    policy = Policy.load(tmp_path / "o" / "policy.safetensors")
+    assert len(policy.scorer.first.bias) == 48 and evaluate.name_of(policy) == f"rl from {tmp_path / 'wide.safetensors'}, horizon 0, seed 0"
+
+
+def test_the_clock_is_no_cost_in_bits(made, data, tmp_path):
+    policy = Policy.load(made / "out-wikitext2/policy.safetensors")
+    policy.settings["cost"] = "latency"
+    policy.save(tmp_path / "late.safetensors")
+    done = bench_run(made, data, "figures", "--limit", 1, "--policy", tmp_path / "late.safetensors")
+    assert done.returncode == 2 and "without --cost latency" in done.stderr, done.stderr
 
 
 def test_paper_numbers_ship_with_the_code():

@@ -16,6 +16,7 @@ import reinforce
 import train
 from baselines import compare
 from conftest import ended, script, start
+from charts import draw
 from common import Checkpoint, read_safetensors, write_safetensors
 from data import item_examples, kl, text_examples
 from infer import generate
@@ -136,6 +137,21 @@ def test_resume_refuses_another_run(finished, tiny, some_text):
 def test_resume_says_when_there_is_nothing_to_go_on_with(tiny, some_text, tmp_path):
     done = script("train.py", *arguments(tiny, some_text, tmp_path / "new", "fisher"), "--resume")
     assert done.returncode == 0 and "starts anew" in done.stderr, done.stderr
+
+
+def test_a_run_begun_anew_does_not_go_on_from_an_older_one(tmp_path):
+    Checkpoint(tmp_path / "c", {}, 0, False).write(3, {})
+    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 3
+    Checkpoint(tmp_path / "c", {}, 0, False)  # killed before it wrote its first
+    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 0
+
+
+def test_a_log_of_ones_own_is_drawn(finished, tmp_path):
+    """Another way to learn logs a loss a step; epochs, CE and rewards are those of ours."""
+    result = json.loads((finished[0] / "train.json").read_text())
+    result["log"] = [{"step": n, "loss": 1 / (n + 1)} for n in range(5)]
+    (tmp_path / "train.json").write_text(json.dumps(result))
+    assert draw(tmp_path / "train.json").stat().st_size > 5000
 
 
 def test_scales_by_hand(tiny):
