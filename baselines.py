@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, n_tokens, outcomes
-from policy import INDEX_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, random_states, state_shares, static_plan
+from policy import INDEX_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -261,8 +261,7 @@ def best_static(known, candidates, measure, speedup):
 
 
 def position_mix(known, speedup):
-    damage, costs = known.position_damage.clone(), known.costs.cpu()
-    damage[:, 0, :3], damage[:, -1, 0] = math.inf, math.inf
+    damage, costs = possible(known.position_damage), known.costs.cpu()
 
     def draw(tokens):  # within the cost asked for in a window as long as this one
         of_tokens = damage[bucket(torch.arange(tokens.shape[1]))].transpose(0, 1)  # (L, T, 4)

@@ -163,11 +163,11 @@ def multitoken(args):
     train = windows(tokenizer, text, 10**6, size, task).to(device)
     test = windows(tokenizer, held_out, args.limit or (10**6 if args.full else 16), size, task, spread=True).to(device)
     settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint(), "text": digest(text)}
-    checkpoints = {tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume) for tau in TAUS}
     late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
     made = lambda tau: decode(model, prompt, tau, NEW, late)
     made(1)  # too short a context, or too few blocks: say so before any training
+    checkpoints = {tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume) for tau in TAUS}
     for tau in TAUS:
         before = nats_by_place(model, test, tau, late, max(TAUS))
         finetune(model, train, tau, late, args.steps, checkpoints[tau])

@@ -280,6 +280,13 @@ def lowest_price(cost_at, goal, low=0.0, high=1e4):
     return high
 
 
+def possible(damage):
+    """A copy of damage (..., L, 4) over STATES, infinite for what is never done: the first block runs in state 4, the last is not skipped."""
+    damage = damage.clone()
+    damage[..., 0, :3], damage[..., -1, 0] = math.inf, math.inf
+    return damage
+
+
 def static_plan(damage, costs, target):
     """The best single plan for all tokens at a mean cost, if damage adds up: (price mu, states (L,) uint8).
 
@@ -287,9 +294,7 @@ def static_plan(damage, costs, target):
     then what is left of the budget goes to the blocks where it saves most.
     """
     L = len(damage)
-    damage = damage.clone()
-    costs = costs.cpu()
-    damage[0, :3], damage[-1, 0] = math.inf, math.inf  # the first block runs in state 4, the last is never skipped
+    damage, costs = possible(damage), costs.cpu()
     price = lowest_price(lambda mu: float(costs[(damage + mu * costs).argmin(-1)].sum()), target * L)
     pick = (damage + price * costs).argmin(-1)
     while True:

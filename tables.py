@@ -70,6 +70,12 @@ def table_cells(rows, metric):
     return format_table(["", *(f"{s:g}x" for s in speedups)], cells)
 
 
+def only_bits(command, policies):
+    """ValueError where a policy's speedups are of the clock."""
+    if any(p.settings.get("cost") == "latency" for p in policies):
+        raise ValueError(f"{command} compares at equal cost in bits; train its policies without --cost latency")
+
+
 def paper_tables(key):
     """The paper's numbers for a task, one table a model, or none."""
     paper, out = read_json(Path(__file__).with_name("paper.json")), []
@@ -98,8 +104,7 @@ def frontier(args):
     policy, device, size = policies[0], known.samples.device, min(LONG, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")
-    if any(p.settings.get("cost") == "latency" for p in policies):
-        raise ValueError("frontier compares at equal cost in bits; train its policies without --cost latency")
+    only_bits("frontier", policies)
     if examples[0].rows.shape[1] <= READ:
         raise ValueError(f"{args.file or task} has {examples[0].rows.shape[1]} tokens; give a text of more than {READ}, which decoding starts from")
     costs = known.costs
@@ -239,8 +244,7 @@ def figures(args):
     if task in TEXTS:
         raise ValueError(f"figures --task {task}: Figure 1 counts right answers; give a multiple-choice task")
     model, tokenizer, policies, known, items = at_hand(args, task, 60)
-    if any(p.settings.get("cost") == "latency" for p in policies):
-        raise ValueError("figures compares speedups in bits; train its policies without --cost latency")
+    only_bits("figures", policies)
     baselines.observe(known, model)
     text = ("wikitext2", "test", args.data_dir) if args.data_dir and (Path(args.data_dir) / "wikitext2").exists() else ("pydocs", "test")
     size = min(256, model.config.block_size)

@@ -160,12 +160,15 @@ def test_the_command(tiny, some_text, tmp_path, monkeypatch, capsys):
     multitoken.multitoken(args)
     again = json.loads((tmp_path / "multitoken.json").read_text())["rows"]
     assert all(a["after"] == b["after"] and a["before"] == b["before"] and a["text"] == b["text"] for a, b in zip(rows, again))
-    for changed, value in ((args, {"steps": 9}), (multitoken, {"load_text": lambda *of: load_text(str(some_text), "test")})):
-        before = {name: getattr(changed, name) for name in value}
-        vars(changed).update(value)
-        with pytest.raises(ValueError, match="other settings"):
+    for change in ((args, "steps", 9), (multitoken, "load_text", lambda *of: load_text(str(some_text), "test"))):
+        with monkeypatch.context() as changed, pytest.raises(ValueError, match="other settings"):
+            changed.setattr(*change)
             multitoken.multitoken(args)
-        vars(changed).update(before)
+    args.resume, files = False, sorted((tmp_path / "out").iterdir())
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="give at least 1"):
+        changed.setattr(multitoken, "NEW", 1000)  # more than the context holds: refused, and what is there is kept
+        multitoken.multitoken(args)
+    assert sorted((tmp_path / "out").iterdir()) == files and len(files) == 4
 
 
 @pytest.mark.parametrize(

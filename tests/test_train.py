@@ -15,8 +15,8 @@ import quant
 import reinforce
 import train
 from baselines import compare
-from conftest import ended, script, start
 from charts import draw
+from conftest import ended, script, start
 from common import Checkpoint, read_safetensors, write_safetensors
 from data import item_examples, kl, text_examples
 from infer import generate
