@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_safetensors, refusing
-from quant import GROUP, Int8Weight, RoutedLinear, quantize_int8, read_codes
+from quant import CHOSEN, GROUP, Int8Weight, RoutedLinear, quantize_int8, read_codes
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_gguf, read_hf
 
 
@@ -284,7 +284,7 @@ class LLM(nn.Module):
         for name, linear in self.linears().items():
             linear.quantize(real, codes.get(name))
         if real:
-            self.check_rows(2, 1)  # `ready_to_decode` has tried state 4
+            self.check_rows(2, 1, 0)  # `ready_to_decode` has tried state 4
         self.quantized = True
         self.int4 = int4
         self.engine = None  # infer.Engine captured graphs over the old weights
@@ -299,23 +299,25 @@ class LLM(nn.Module):
 
     @torch.inference_mode()
     def check_rows(self, *states):
-        """On a GPU: does the first block give one token, by the kernels for one row, what it gives two equal tokens by plain products? If not, or
-        if a kernel does not compile, none of these kernels is used, and one line on stderr says so."""
+        """On a GPU: does the first block (of a skip, its keys and values) give one token, by the kernels for one row, what it gives two equal
+        tokens by plain products? If not, or if a kernel does not compile, none of these kernels is used, and one line on stderr says so."""
         tried = [w for linear in self.linears().values() for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
         if not tried:
             return
         x = torch.randn(1, self.config.n_embd, device=self.embed.weight.device).to(self.embed.weight.dtype)
-        rope = self.rope(0, 1)
+        block, rope = self.blocks[0], self.rope(0, 1)
         try:
             for s in states:
-                one, two = (self.blocks[0](x.expand(n, -1).contiguous(), n, [(s, None)], 1.0, rope) for n in (1, 2))
+                one, two = (block(rows, len(rows), [(s, None)], 1.0, rope) if s else block.project(s, rows) for rows in (x, x.repeat(2, 1)))
                 off = float((one - two[:1]).abs().max() / two.abs().max())
                 if not off < 0.05:
                     raise ValueError(f"a block in state {s} is off by {off:.2g}")
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # whatever compilers raise
-            print(f"tokens take longer than they could: no kernels for one row, {type(e).__name__}: {e}".splitlines()[0][:200], file=sys.stderr)
+            why = f"no kernels for one row, {type(e).__name__}: {e}".splitlines()[0][:200]
+            print(f"tokens take longer than they could: {why}", file=sys.stderr)
+            CHOSEN[("check_rows", *states)] = {"kernel": why}
             for w in tried:
                 w.kernel = "reference"
 

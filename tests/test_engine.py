@@ -392,6 +392,7 @@ def test_a_gpu_weight_takes_the_row_kernel_for_one_row_and_a_product_for_more(mo
 @torch.no_grad()
 def test_kernels_for_one_row_are_tried_in_a_block_and_wrong_ones_not_used(tiny, monkeypatch, capsys):
     monkeypatch.setattr(quant, "row_kernel", uncompiled)
+    monkeypatch.setattr("model.CHOSEN", found := {})
     model, _ = load(str(tiny), dtype=torch.bfloat16)
     model.quantize(real=True)
     linears = [linear for block in model.blocks for linear in block.linears().values()]
@@ -399,16 +400,25 @@ def test_kernels_for_one_row_are_tried_in_a_block_and_wrong_ones_not_used(tiny, 
         linear.kernel = "bf16 compiled"
         linear.low[2] = quant.Int8Weight(*quant.quantize_int8(linear.weight), torch.bfloat16)
         linear.low[2].kernel = "int8 compiled"
-    model.check_rows(4, 2, 1)
+    qkv = linears[0]
+    fill = qkv.low["fill"] = quant.Int4Weight(*quant.quantize_int4(qkv.weight[qkv.fill_from :]), torch.float32)
+    fill.scale_zero, fill.kernel = fill.scale_zero.bfloat16(), "int4 compiled"
+    model.check_rows(4, 2, 1, 0)
     assert not capsys.readouterr().err and linears[0].kernel == "bf16 compiled"
     for wrong in (lambda *args: 1.1 * quant.int8_row(*args), lambda x, codes, scale: x.no_such_thing):
         for linear in linears:
             linear.kernel, linear.low[2].kernel = "bf16 compiled", "int8 compiled"
         monkeypatch.setitem(quant.ROW_KERNELS, "int8 compiled", wrong)
-        model.check_rows(4, 2, 1)
+        model.check_rows(4, 2, 1, 0)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and ("state 2 is off by" in said or "no_such_thing" in said)
         assert all(linear.kernel == linear.low[2].kernel == "reference" for linear in linears) and linears[0].low[1].kernel == "int4pack"
+        assert "one row" in found["check_rows", 4, 2, 1, 0]["kernel"]
+    # what a skip runs, its keys and values, is tried too
+    fill.kernel = "int4 compiled"
+    monkeypatch.setitem(quant.ROW_KERNELS, "int4 compiled", lambda x, packed, scale_zero: 1.1 * quant.int4_row(x, packed, scale_zero))
+    model.check_rows(0)
+    assert "state 0 is off by" in capsys.readouterr().err and fill.kernel == "reference"
 
 
 def test_a_layer_takes_its_kernel_for_one_row_and_a_product_for_more(monkeypatch):
