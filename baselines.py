@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, n_tokens, outcomes
-from policy import INDEX_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
+from policy import INDEX_OF, STATE_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -329,33 +329,27 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
     lower: the moves, state -> next state. A move keeps its last measured price until it comes up; then it is measured anew (lazy greedy).
     """
-    states = torch.full((known.L,), 4, dtype=torch.uint8)
-    current = 0.0
-    queue = []
     costs = free_skips(known.costs)
-
-    def push(i):
-        to = lower.get(int(states[i]))
-        if to is not None and (to or i < known.L - 1):  # the last block is never skipped
-            heapq.heappush(queue, (-math.inf, i, to, 0, 0.0))  # KL per cost saved, the move, moves made when measured, KL of the plan
-
-    for i in range(1, known.L):
-        push(i)
-    path = [states.clone()]
-    cost = dict(zip(STATES.tolist(), costs.tolist()))
+    cost = dict(zip(STATE_OF, costs.tolist()))
+    path, current = [torch.full((known.L,), 4, dtype=torch.uint8)], 0.0  # all plans, and the KL of the last
+    queue = [(-math.inf, i, 0, 0.0) for i in range(1, known.L)]  # KL per cost saved, block, plans there were when it was measured, KL
     bar = tqdm(desc="greedy static plan, plans measured", leave=False)
-    while queue and mean_cost(states, costs) > 4 / speedup + 1e-6:
-        _, i, to, when, found = heapq.heappop(queue)
-        if when != len(path):  # priced before the last move: measure again
-            trial = states.clone()
-            trial[i] = to
+    while queue and mean_cost(path[-1], costs) > 4 / speedup + 1e-6:
+        _, i, when, found = heapq.heappop(queue)
+        state = int(path[-1][i])
+        to = lower.get(state)
+        if to is None or to == 0 and i == known.L - 1:  # as low as it goes: the last block is never skipped
+            continue
+        trial = path[-1].clone()
+        trial[i] = to
+        if when == len(path):  # no other move was made since it was measured
+            path.append(trial)
+            current = found
+            heapq.heappush(queue, (-math.inf, i, 0, 0.0))
+        else:
             found = measure(trial)
             bar.update()
-            heapq.heappush(queue, ((found - current) / (cost[int(states[i])] - cost[to]), i, to, len(path), found))
-            continue
-        states[i], current = to, found
-        path.append(states.clone())
-        push(i)
+            heapq.heappush(queue, ((found - current) / (cost[state] - cost[to]), i, len(path), found))
     bar.close()
     return path
 

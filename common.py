@@ -205,14 +205,14 @@ def by(rows, key):
     return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
-def save_result(path, device, model, seed, **content):
+def save_result(path, model, seed, **content):
     """Write a result as JSON with what it takes to read it again: device, versions, model and its weights, seed, command."""
     versions = {}
     for name in ("transformers", "llama-cpp-python"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     about = {"seconds": round(time.time() - BEGAN), "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed,
-             "device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+             "device": device_name(model.device), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
              "versions": versions, "model": model.name, "weights": model.weights, "fingerprint": model.fingerprint(),
              "int4": getattr(model, "int4", None)}
     write_whole(path, (json.dumps(about | content, indent=1) + "\n").encode())

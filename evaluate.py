@@ -45,7 +45,7 @@ def read_policy(path, model, needed):
     """The policy file for this model, or None where it is not needed and there is none for this model."""
     if not needed and not Path(path).is_file():
         return None
-    policy = Policy.load(path).to(model.embed.weight.device)
+    policy = Policy.load(path).to(model.device)
     if not policy.prices:
         raise ValueError(f"{path} has no prices; train it with train.py")
     if needed:
@@ -140,7 +140,7 @@ def measured_speedup(model, tokenizer, policy, prompt, rounds):
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
     speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager, ignore_eos=True)["tokens_per_second"]
-    if model.embed.weight.is_cuda:
+    if model.device.type == "cuda":
         speed(routed), speed(None)  # graphs are captured at their first use
     values = in_rounds(rounds, {"routed": lambda: speed(routed), "full": lambda: speed(None)})
     return [a / b for a, b in zip(values["routed"], values["full"])]
@@ -287,7 +287,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
 def publish(args, name, model, **content):
     """Write results/NAME.json and, where charts.py has one, its picture; print the table."""
     path = Path(args.results) / f"{name}.json"
-    save_result(path, model.embed.weight.device, model, args.seed, **content)
+    save_result(path, model, args.seed, **content)
     picture = draw(path)
     print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {picture.name}' if picture else ''}\n", flush=True)
     if args.json:

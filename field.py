@@ -38,7 +38,7 @@ def gates(args, model, *kinds):
         raise ValueError(f"--routers has two of one kind and number of skipped blocks ({max(each, key=each.count)}); give one of each")
     for router in found:
         router.check(model)
-        router.to(model.embed.weight.device)
+        router.to(model.device)
     if not found:
         raise ValueError(f"{args.command} needs --routers FILE..., made by python train.py --objective {kinds[0]} --skip 4 --out "
                          f"r-{kinds[0]}-4")

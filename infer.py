@@ -343,7 +343,7 @@ def engine_for(model, policy, size):
     """The model's engine, made on first use, if it has one (on a GPU) and can follow this policy; else None."""
     if not has_graphs(model, policy):
         return None
-    if model.embed.weight.is_cuda and (model.engine is None or model.engine.size < size):
+    if model.device.type == "cuda" and (model.engine is None or model.engine.size < size):
         model.engine = None
         gc.collect()  # an engine and its graphs hold each other: free them before there is another
         model.engine = Engine(model, size)
@@ -373,7 +373,6 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
         raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if policy is not None:
         model.quantize_for(policy)  # `LLM.hidden` would do it too late: an engine captures the weights that there are
-    device = model.embed.weight.device
     L = model.config.n_layer
     generator = torch.Generator().manual_seed(seed)
     most = min(max_new_tokens, room)
@@ -394,7 +393,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
             token, states = engine.step(new[-1], sample if temperature > 0 else None, more=len(new) + 1 < most)
         else:
             now = new[-1:] or ids
-            logits = model.logits(model.hidden(torch.tensor([now], device=device), policy, cache)[:, -1])[0]
+            logits = model.logits(model.hidden(torch.tensor([now], device=model.device), policy, cache)[:, -1])[0]
             if not ran and not logits.isfinite().all():
                 raise ValueError(f"{model.name}: its logits are not finite; the weights are corrupt, download them again")
             token = sample(logits) if temperature > 0 else int(logits.argmax())

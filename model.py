@@ -181,8 +181,6 @@ class Block(nn.Module):
     def linears(self):
         return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
 
-    # The functions of `run`: a state, and rows in it
-
     def project(self, s, x):
         return self.qkv(x, s, norm=self.norm1) if s else F.pad(self.qkv(x, "fill", norm=self.norm1), (self.q_size, 0))
 
@@ -205,9 +203,6 @@ class Block(nn.Module):
                 mask = past if mask is None else past & mask
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
         return y.reshape(B * T, H * D)
-
-    def output(self, s, attended, x):
-        return self.o(attended, s, residual=x)
 
     def mlp(self, s, h):
         return self.down(self.gate_up(h, s, norm=self.norm2, glu=True), s, residual=h)
@@ -232,7 +227,7 @@ class Block(nn.Module):
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
         y = self.attend(q, k, v, mask if seen is None else seen)
-        return run(groups, lambda s, y, x: self.output(s, y, x) if s else skip(scale, x), x.shape[1], y, x)
+        return run(groups, lambda s, y, x: self.o(y, s, residual=x) if s else skip(scale, x), x.shape[1], y, x)
 
     def mlp_half(self, h, groups, scale=1.0):
         """h + MLP(RMSNorm(h)), or scale * h where the state is 0: (B * T, C) -> (B * T, C)."""
@@ -264,6 +259,10 @@ class LLM(nn.Module):
         self.quantized, self.int4 = False, None  # whether `quantize` was called, and with which codes
         self.head_int8 = None  # of generation (`ready_to_decode`)
         self.rope_table = self.engine = None  # made at first use: cos and sin; infer.Engine
+
+    @property
+    def device(self):
+        return self.embed.weight.device
 
     def linears(self):
         """All layers that have three precisions, {"BLOCK.LAYER": RoutedLinear}."""
@@ -304,7 +303,7 @@ class LLM(nn.Module):
         tried = [w for linear in self.linears().values() for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
         if not tried:
             return
-        x = torch.randn(1, self.config.n_embd, device=self.embed.weight.device).to(self.embed.weight.dtype)
+        x = torch.randn(1, self.config.n_embd, device=self.device).to(self.embed.weight.dtype)
         block, rope = self.blocks[0], self.rope(0, 1)
         try:
             for s in states:
@@ -374,12 +373,10 @@ class LLM(nn.Module):
         groups = [(4, None)]
         scale = 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
-        # What a token that skips a block leaves there for later tokens (`kv`, see policy.py):
-        #   fill   keys and values of its own input; nothing to keep track of
-        #   copy   those of `source` (B * T, C), its input to the last block that it ran
-        #   none   nothing: `seen` (B, 1, 1, S) says which positions have any. Such holes stay in the cache, so whoever continues it looks too
-        holes = kv == "none" or (cache is not None and cache.written is not None)
+        # kv (policy.py) "copy" needs each token's input to the last block that it ran, `source`. "none" leaves holes, which stay in the cache, so
+        # whoever continues it looks too: `seen` (B, 1, 1, S) says which positions have keys and values
         source = x if kv == "copy" else None
+        holes = kv == "none" or (cache is not None and cache.written is not None)
         seen = None
         for i, block in enumerate(self.blocks):
             row = i * rows
@@ -529,7 +526,7 @@ def load_trained(path, device, dtype, routed):
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    model.base = getattr(model, "base", meta["base"])
+    model.base = meta["base"]
     model.name = str(path)
     model.weights = f"{model.weights}, trained further"
     return model, tokenizer

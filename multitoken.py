@@ -86,7 +86,7 @@ def decode(model, ids, tau, n, late):
         raise ValueError(f"a cycle of {tau} tokens, {late} late blocks: give at least 1 token, and 1 to {L - 1} of the model's {L} blocks")
     if not ids or n < 2 or P + n > model.config.block_size:
         raise ValueError(f"{P} tokens and {n} new ones: give at least 1 and 2, together at most the context of {model.config.block_size}")
-    tokens, cache = torch.tensor([*ids, *[0] * n], device=model.embed.weight.device), KVCache(model, 1, P + n)
+    tokens, cache = torch.tensor([*ids, *[0] * n], device=model.device), KVCache(model, 1, P + n)
     wait = torch.cuda.synchronize if tokens.is_cuda else lambda: None
     filled, passes, rows, logits = 0, 0, 0, []
     for t in range(P - 1, P + n - 1):

@@ -20,12 +20,13 @@ Equation numbers are those of DASH (arXiv 2505.17420):
 Eq 11-17 are put to use in reinforce.py; by default the labels of fisher.py take their place.
 
 Everything in q but h takes few values. So E(i), E(i+1) act as a gain and a shift of the second hidden layer, looked up
-by block, and e(s), e(s') as a bias of the output, looked up by block and state: d -> 128 -> 128 -> 4 states in one go.
+by block, and e(s), e(s') as a bias of the output, looked up by block and state: d + 2 -> 128 -> 128 -> 4 states in one go.
 The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
 """
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -315,31 +316,30 @@ def bucket(t):
     return torch.bucketize(t, 2 ** torch.arange(POSITIONS - 1, device=t.device), right=True)
 
 
+@dataclass(eq=False)
 class Policy:
-    """A trained scorer with all that is needed to use it.
-
-    scorer: Scorer; scale: [a_i], L floats (Eq 7); costs: (4,) of the states; prices: [(speedup, mu)] rising in speedup, in
-    the cost named by settings["cost"] ("bits" or "latency");
-    fingerprint: `LLM.fingerprint()` of the model it was trained for; horizon: see `plan`; settings: a dict about its making.
-    mu: the price in use, None until `at` sets it, a float, or a tensor, (B,) one a sequence or (B, T) one a token; tau: None, or the
-    temperature of sampling; tracked: None, or the speedup that the price follows while decoding; kv: see above; allowed: the states to choose
-    from (ablations).
-    """
+    """A trained scorer with all that is needed to use it."""
 
     PATIENCE = 32  # tokens over which the price pays back what was overspent
 
-    def __init__(self, scorer, scale, costs, fingerprint, prices=(), horizon=1, settings=None):
-        self.scorer = scorer
-        self.scale = scale
-        self.costs = costs
-        self.fingerprint = fingerprint
-        self.prices = [tuple(p) for p in prices]
-        self.horizon = horizon
-        self.settings = settings or {}
-        self.mu = self.tau = self.generator = self.states = self.tracked = None
+    scorer: Scorer
+    scale: list  # [a_i], L floats (Eq 7)
+    costs: torch.Tensor  # (4,) of the states
+    fingerprint: str  # `LLM.fingerprint()` of the model it was trained for
+    prices: list = ()  # [(speedup, mu)] rising in speedup, in the cost named by settings["cost"] ("bits" or "latency")
+    horizon: int = 1  # see `plan`
+    settings: dict = None  # how it was made, and the damage that plans by block go by
+    mu: float = None  # the price in use, None until `at` sets it; or a tensor, (B,) one a sequence or (B, T) one a token
+    tracked: float = None  # the speedup that the price follows while decoding
+    tau: float = None  # temperature of sampling, by `generator`
+    generator: torch.Generator = None
+    states: torch.Tensor = None  # and kv: see "Policies" above
+    kv: str = "fill"
+    allowed: tuple = (0, 1, 2, 4)  # the states to choose from (ablations)
+
+    def __post_init__(self):
+        self.settings = self.settings or {}
         self.int4 = self.settings.get("int4")
-        self.kv = "fill"
-        self.allowed = (0, 1, 2, 4)
 
     def at(self, speedup, track=False):
         """Use the price for this speedup and return self. ValueError when no price was calibrated for it.

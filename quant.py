@@ -138,7 +138,7 @@ def gptq_int4(weight, hessian):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# INT4 codes of a whole model: chosen block after block, cached beside it
+# INT4 codes of a whole model: chosen block after block, kept in the cache
 
 
 class Rounding:
@@ -179,7 +179,7 @@ def codes_name(tokens):
 
 
 def cache_codes(model, tokens):
-    """Choose INT4 codes on calibration tokens (n, T) and cache them beside the model, unless they are there. A run that was killed
+    """Choose INT4 codes on calibration tokens (n, T) and keep them in the cache (`LLM.codes_file`), unless they are there. A run that was killed
     goes on from the blocks that it had."""
     path = model.codes_file(codes_name(tokens))
     if path.exists():
@@ -202,7 +202,7 @@ def cache_codes(model, tokens):
 def read_codes(path, model, whole=True):
     """Cached INT4 codes of a model, the `whole` of it or some layers -> {"BLOCK.LAYER": (codes (N, K) uint8, scale, zero)}. Errors name the
     path and the remedy."""
-    tensors = {k: t.to(model.embed.weight.device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
+    tensors = {k: t.to(model.device) for k, t in read_safetensors(path, "the train.py run that made the policy")[0].items()}
     codes = {}
     with refusing(path, "does not hold this model's INT4 codes", "delete it and run train.py again"):
         for key, linear in model.linears().items():
@@ -251,7 +251,7 @@ class FakeWeight:
 # Real kernels
 
 
-MANY = 24  # rows from which a product with the codes in bf16 beats int8pack (measured, results/NOTES.md)
+MANY = 24  # rows from which a product with the codes in bf16 beats int8pack, and `product` takes fp32 (measured, results/NOTES.md)
 MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernel on a GPU (measured, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
@@ -589,10 +589,11 @@ class RoutedLinear(nn.Module):
         """
         dtype = self.weight.dtype
         keep = not self.weight.is_cuda  # 7B parameters in fp32 twice more are 54 GB; a GPU makes them anew in no time
-        fake = lambda dequantize, codes: FakeWeight(lambda: dequantize(*codes).to(dtype), keep)
-        make_int4 = lambda codes: Int4Weight(*codes, dtype) if real else fake(dequantize_int4, codes)
-        make_int8 = lambda codes: Int8Weight(*codes, dtype) if real else fake(dequantize_int8, codes)
+
+        def make(Weight, dequantize, codes):
+            return Weight(*codes, dtype) if real else FakeWeight(lambda: dequantize(*codes).to(dtype), keep)
+
         int4 = int4 or quantize_int4(self.weight)
-        self.low = {1: make_int4(int4), 2: make_int8(quantize_int8(self.weight))}
+        self.low = {1: make(Int4Weight, dequantize_int4, int4), 2: make(Int8Weight, dequantize_int8, quantize_int8(self.weight))}
         if self.fill_from is not None:
-            self.low["fill"] = make_int4([t[self.fill_from :] for t in int4])
+            self.low["fill"] = make(Int4Weight, dequantize_int4, [t[self.fill_from :] for t in int4])

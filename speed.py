@@ -405,8 +405,8 @@ def speed_gpu(args):
 
     def keep(found):  # minutes of work, whatever comes next
         shapes[found["name"]] = found
-        about = SimpleNamespace(name=" and ".join(shapes), weights="shapes with random weights", fingerprint=lambda: None)
-        save_result(path, device, about, args.seed, caption=caption, markdown=gpu_table([*shapes.values()]), bandwidth_gb_s=bandwidth,
+        about = SimpleNamespace(name=" and ".join(shapes), weights="shapes with random weights", fingerprint=lambda: None, device=device)
+        save_result(path, about, args.seed, caption=caption, markdown=gpu_table([*shapes.values()]), bandwidth_gb_s=bandwidth,
                     shapes=[*shapes.values()], kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
 
     names = list(SHAPES)[: args.limit]

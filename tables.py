@@ -39,7 +39,7 @@ def table(args):
         how += "" if task == "cnn_dm" else "; dash is priced to cost on this text what is asked"
         how += f"; keys and values of skipped tokens: {args.kv}" if args.kv else ""
         how += f"; static_mix goes by {'the damage in that policy' if facts['policy'] else 'measured damage'}"
-        if "measured" in rows[0] and model.embed.weight.is_cuda:
+        if "measured" in rows[0] and model.device.type == "cuda":
             how += "; what no captured graphs serve is timed without them, against the full model without them"
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'}"
                    f"{', KL to the full model, nats' if metric == 'accuracy' else ''} [95% interval] "

@@ -2,7 +2,7 @@
 
     1  calibrate   a_i of every block from 128 samples (Eq 6-7); mean and deviation of the blocks' inputs, averaged over blocks, by which the
                    scorer standardises (baselines.profile)
-    2  round       INT4 codes by GPTQ, block after block; cached beside the model and used again by the next run (quant.py)
+    2  round       INT4 codes by GPTQ, block after block; kept in the cache for the next run (quant.py)
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default; fisher.py)
                    --objective rl       the paper's policy gradient (Eq 11-17), started from static sensitivities (reinforce.py)
@@ -165,10 +165,10 @@ def report(out, names, rows, test, args, model, settings, how, wrote):
     caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
     states = rows[1]["raw"]
     L = model.config.n_layer
-    save_result(out / "train.json", model.embed.weight.device, model, args.seed, caption=caption, markdown=markdown, tokens=tokens,
-                settings=settings, rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
+    save_result(out / "train.json", model, args.seed, caption=caption, markdown=markdown, tokens=tokens, settings=settings,
+                rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
                 shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
-    print(f"\n{markdown}\n\n{caption} On {device_name(model.embed.weight.device)}.")
+    print(f"\n{markdown}\n\n{caption} On {device_name(model.device)}.")
     draw(out / "train.json")
     print(f"wrote {wrote}, train.json, train.jsonl and train.png into {out}")
 
