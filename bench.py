@@ -35,7 +35,7 @@ from pathlib import Path
 from charts import draw
 from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
-from evaluate import METHODS, TEXTS, policy_path, rank
+from evaluate import METHODS, TEXTS, one_text, policy_path, rank
 from field import controllers, depth, kv, retain
 from multitoken import multitoken
 from oracle import hidden, oracle
@@ -44,7 +44,7 @@ from tables import ablation, figures, frontier, table, transfer
 
 
 def evaluate(args):
-    task = args.task or "lm"
+    task = one_text(args)
     metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
     unit, n = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], facts["n"]
     spread = "[{:.3f}, {:.3f}]".format(*row["interval"]) if n > 1 else "(one example has no interval)"
@@ -71,14 +71,16 @@ def render(pages, results):
     pages = dict(pages)
     for file in sorted(Path(results).glob("*.json")):
         for name, key in ((file.stem, "markdown"), (f"{file.stem}-details", "details")):
-            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
             for page, text in pages.items():
-                if begin in text and end in text:
+                if begin in text or end in text:
+                    if not text.count(begin) == text.count(end) == 1 or text.index(begin) > text.index(end):
+                        raise ValueError(f"{page} needs {begin} once, and {end} once after it; mend it by hand")
                     r = read_json(file)
                     if not {"caption", "model", "weights", "device", "threads", "torch", "command", key} <= r.keys():
                         raise ValueError(f"{file} is no result of bench.py or train.py; make it again, or move it away")
                     where = f"{r['model']} ({r['weights']}), {r['device']}, CPU threads {r['threads']}, torch {r['torch']}"
-                    made = f"{r['caption']} {where}. Made by `{r['command']}`.\n\n{r[key]}\n"
+                    made = f"\n{r['caption']} {where}. Made by `{r['command']}`.\n\n{r[key]}\n"
                     pages[page] = text[: text.index(begin) + len(begin)] + made + text[text.index(end) :]
     return pages
 
@@ -90,7 +92,7 @@ def report(args):
     files = sorted(Path(args.results).glob("*.json"))
     if not files:
         raise ValueError(f"--results {args.results} holds no results; make some with bench.py or train.py")
-    pages = render({page: read_text(page) for page in PAGES}, args.results)
+    pages = render({page: read_text(page).replace("\r\n", "\n") for page in PAGES}, args.results)
     for page, text in pages.items():
         write_whole(page, text.encode())
     drawn = [draw(file) for file in files if any(f"{file.stem}.png)" in text for text in pages.values())]
@@ -107,8 +109,8 @@ def main():
                                                             controllers, kv, depth, retain, multitoken, report)}
     p.add_argument("command", nargs="?", default="eval", choices=commands)
     p.add_argument("--task", choices=["lm", "wikitext2", "cnn_dm", *CHOICE_TASKS, "mc"],
-                   help="lm reads --file, or held-out pydocs without it; default: of eval lm or for a .jsonl mc, of table all of the paper, "
-                   "of figures arc_easy, else wikitext2 with --data-dir")
+                   help="lm reads --file, or held-out pydocs without it; default: for a .jsonl mc, of table, oracle and retain all "
+                   "there are, of figures arc_easy, else wikitext2 with --data-dir, or lm")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
     p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (baselines.py)")
@@ -135,6 +137,8 @@ def main():
         raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
     if args.task and args.command in ("speed", "transfer", "report"):
         raise ValueError(f"--task {args.task}: {args.command} takes none")
+    if args.data_dir and args.task == "lm":
+        raise ValueError(f"--task lm does not come from --data-dir {args.data_dir}: name a task that does, or leave --data-dir out")
     if args.file:
         args.task = args.task or ("mc" if args.file.lower().endswith(".jsonl") else "lm")
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):

@@ -56,7 +56,7 @@ def lock_folder(path):
     except (ImportError, OSError):  # Windows, and file systems without locks
         pass
     for part in folder.glob("*.*.part"):  # of a run of ours that was killed while it wrote
-        if re.fullmatch(r".+\.(safetensors|jsonl?|png)\.\d+\.part", part.name):
+        if re.fullmatch(r".+\.(safetensors|begun|jsonl?|png)\.\d+\.part", part.name):
             part.unlink(missing_ok=True)
     return folder
 
@@ -123,11 +123,11 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
+        raise FileNotFoundError(f"{path} is missing; give a folder that has it, or make it anew") from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is no JSON: {e}") from None
+        raise ValueError(f"{path} is no JSON ({reason(e)}); mend it, or get it anew") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} holds no JSON object; mend it, or get it anew")
     return value
 
 
@@ -136,23 +136,30 @@ class Checkpoint:
 
     def __init__(self, path, settings, seed, resume):
         self.path = Path(path)
+        self.begun = self.path.with_suffix(".begun")  # while it is there, the checkpoint is an older run's, or none
         self.settings = dict(settings)
         self.seed = seed
         self.tensors = {}
         self.meta = {"step": 0}
-        if not resume:
-            self.path.unlink(missing_ok=True)  # of an earlier run: killed before its first checkpoint, this one would go on from there
-        elif not self.path.exists():
-            print(f"--resume: {path} is not there, so this starts anew", file=sys.stderr)
-        else:
+        if resume and (self.begun.exists() or not self.path.exists()):
+            print(f"--resume: {path} is not there, or an older run's, so this starts anew", file=sys.stderr)
+        elif resume:
             self.tensors, self.meta = read_safetensors(path)
             if self.meta.get("settings") != settings:
                 was = self.meta.get("settings", {})
                 other = {k: was.get(k) for k in sorted(was.keys() | settings.keys()) if was.get(k) != settings.get(k)}
                 raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
+            if type(self.meta.get("step")) is not int:
+                raise ValueError(f"{path} is no checkpoint; move it away, or start anew without --resume")
+
+    def begin(self):
+        """Called once nothing can be refused any more: killed before its first checkpoint, a run must not go on from an older one's."""
+        if not self.meta["step"]:
+            write_whole(self.begun, b"")
 
     def write(self, step, tensors, **more):
         write_safetensors(self.path, tensors, step=step, settings=self.settings, **more)
+        self.begun.unlink(missing_ok=True)
 
     def log(self, path):
         """The log of this run, open, without the lines that a killed run wrote after its checkpoint."""
@@ -160,6 +167,8 @@ class Checkpoint:
         if self.meta["step"]:
             with refusing(path, "does not go with its checkpoint", "start anew without --resume"):
                 kept = path.read_text(encoding="utf-8").splitlines()[: self.meta["step"]]
+                if [json.loads(line)["step"] for line in kept] != list(range(self.meta["step"])):
+                    raise ValueError("it lacks steps")
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         return open(path, "a", buffering=1)  # a line is out as soon as it is written
 
@@ -252,6 +261,15 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():  # as a script passes what it did not set
             if name != "prompt" and "" in (value if isinstance(value, list) else [value]):
                 self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
+            if isinstance(value, int) and value > 2**32:
+                self.error(f"--{name.replace('_', '-')} {value}: give a smaller number")
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as e:
+                self.error(f"--{name.replace('_', '-')} is no UTF-8 text (character {e.start}); convert or rename it first")
+        folder = getattr(args, "data_dir", None)
+        if folder and not Path(folder).is_dir():
+            self.error(f"--data-dir {folder} is no folder; give one that is there")
         return args
 
     def error(self, message):

@@ -78,7 +78,7 @@ def read_text(path):
     """A UTF-8 text file -> str. FileNotFoundError or ValueError names the path and, for bad bytes, the place."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a file")
+        raise FileNotFoundError(f"{path} is missing or not a file; give one that is there")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # with a byte order mark or without
     except UnicodeDecodeError as e:

@@ -262,7 +262,7 @@ def rank(args, task, asked, default, timed=True, priced=False):
             if len(asked) == 1:
                 raise
             rows[-1]["missing"] = str(e)
-    prompt, int4, path = prompt_of(tokenizer, examples[0].rows[0, :32]), model.int4, path if policy else None
+    prompt, int4, path = prompt_of(tokenizer, examples[0].rows[0, : min(32, model.config.block_size // 2)]), model.int4, path if policy else None
     policies = [policy for _, policy in ran]
     found = compare(model, examples, policies) if task != "cnn_dm" else None
     if timed:
@@ -296,8 +296,8 @@ def publish(args, name, model, **content):
 
 def name_of(policy):
     s = policy.settings
-    kind = s.get("objective", "fisher").replace("fisher", "dash")
-    kind += f" from {s['start'].split(',')[0]}" if s.get("start") else ""
+    kind = str(s.get("objective", "fisher")).replace("fisher", "dash")
+    kind += f" from {str(s['start']).split(',')[0]}" if s.get("start") else ""
     off = [f", without {name}" for name, key in (("lam", "lam"), ("beta", "beta"), ("w_i", "weights")) if s.get(key, 1) == 0]
     return f"{kind}, horizon {policy.horizon}, seed {s.get('seed', 0)}{''.join(off)}"
 

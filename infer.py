@@ -464,10 +464,6 @@ def main():
     args = arguments()
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"--prompt is no UTF-8 text (character {e.start}); convert it first") from None
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)

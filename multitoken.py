@@ -168,6 +168,8 @@ def multitoken(args):
     made = lambda tau: decode(model, prompt, tau, NEW, late)
     made(1)  # too short a context, or too few blocks: say so before any training
     checkpoints = {tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume) for tau in TAUS}
+    for checkpoint in checkpoints.values():
+        checkpoint.begin()
     for tau in TAUS:
         before = nats_by_place(model, test, tau, late, max(TAUS))
         finetune(model, train, tau, late, args.steps, checkpoints[tau])

@@ -430,7 +430,9 @@ class Policy:
         return torch.sub(table, self.costs, alpha=self.mu)
 
     def save(self, path):
-        """Write the policy whole or not at all, as safetensors. OSError names the path."""
+        """Write the policy whole or not at all, as safetensors. OSError names the path; ValueError for what `load` would refuse."""
+        with refusing(path, "is left as it was: what was learned is no policy", "train with other data, or a smaller --beta or --lam"):
+            self.validate()
         write_safetensors(path, self.scorer.state_dict(), scale=self.scale, costs=self.costs.tolist(), prices=self.prices,
                           horizon=self.horizon, lam=self.scorer.lam, fingerprint=self.fingerprint, settings=self.settings)
 
@@ -444,21 +446,26 @@ class Policy:
             scorer.load_state_dict(tensors)
             policy = cls(scorer, [float(a) for a in meta["scale"]], torch.tensor(meta["costs"]).float(), meta["fingerprint"],
                          [(float(s), float(mu)) for s, mu in meta["prices"]], int(meta["horizon"]), meta["settings"])
-            numbers = [*policy.scale, *policy.costs.tolist(), *sum(policy.prices, ()), scorer.lam]
-            codes = policy.int4 or ""  # part of the name of a file in the cache
-            numbers += torch.tensor(policy.settings.get("overhead", (0.0, 0.0))).view(2).tolist()
-            for name, shape in (("damage", (L, 4)), ("position_damage", (-1, L, 4))):
-                if name in policy.settings:
-                    numbers += torch.tensor(policy.settings[name]).float().view(shape).flatten().tolist()
-            finite = all(map(math.isfinite, numbers))
-            if policy.costs.shape != (4,) or policy.costs.min() < 0 or policy.horizon < 0 or not finite or Path(codes).name != codes:
-                raise ValueError("values out of range")
-            targets = [s for s, _ in policy.prices]
-            if targets != sorted(set(targets)):
-                raise ValueError("prices out of order")
-            if not all(t.isfinite().all() for t in tensors.values()) or not (scorer.std > 0).all():
-                raise ValueError("a tensor has values that are not finite, or a deviation that is not positive")
+            policy.validate()
         return policy
+
+    def validate(self):
+        """An exception of any kind unless all numbers make sense: else the file is damaged, or training went astray."""
+        L = len(self.scale)
+        numbers = [*self.scale, *self.costs.tolist(), *sum(self.prices, ()), self.scorer.lam]
+        numbers += torch.tensor(self.settings.get("overhead", (0.0, 0.0))).view(2).tolist()
+        for name, shape in (("damage", (L, 4)), ("position_damage", (POSITIONS, L, 4))):
+            if name in self.settings:
+                numbers += torch.tensor(self.settings[name]).float().view(shape).flatten().tolist()
+        codes = self.int4 or ""  # part of the name of a file in the cache
+        sane = all(abs(number) < 1e30 for number in numbers)  # as NaN is not
+        if not sane or self.costs.shape != (4,) or self.costs.min() < 0 or self.costs[3] == 0 or self.horizon < 0 or Path(codes).name != codes:
+            raise ValueError("values out of range")
+        targets = [s for s, _ in self.prices]
+        if targets != sorted(set(targets)):
+            raise ValueError("prices out of order")
+        if not all(t.isfinite().all() for t in self.scorer.state_dict().values()) or not (self.scorer.std > 0).all():
+            raise ValueError("a tensor has values that are not finite, or a deviation that is not positive")
 
 
 # ----------------------------------------------------------------------------------------------------------

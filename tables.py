@@ -137,8 +137,8 @@ def frontier(args):
     met = lambda k, way: f"{k[way]:.3f}x, {100 * (k[way] / k['asked'] - 1):+.1f}%"
     decoding = format_table(["decoding up to 512 tokens", "asked", "price fixed: realised, and error", "price tracks the budget"],
                             [[k["text"], f"{k['asked']:g}x", met(k, "fixed"), met(k, "tracked")] for k in kept])
-    caption = (f"{task}, test, {tokens} tokens in windows of {examples[0].rows.shape[1]}, trained on {policy.settings['data']}"
-               f" (labels of up to {policy.settings['samples']} x 1,024 tokens). Full model {rows[0]['nats']:.4f} nats. "
+    caption = (f"{task}, test, {tokens} tokens in windows of {examples[0].rows.shape[1]}, trained on {policy.settings.get('data')}"
+               f" (labels of up to {policy.settings.get('samples')} x 1,024 tokens). Full model {rows[0]['nats']:.4f} nats. "
                "A column is the speedup in bits that the static plan realised, whose skipped blocks write no keys and values; all others are priced "
                "to cost on this text what it costs. 95% intervals over windows.")
     markdown = f"KL to the full model over that of the best static plan:\n\n{markdown}"

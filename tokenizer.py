@@ -204,7 +204,7 @@ def pattern_of(steps, merges, whole):
             return GPT2_PATTERN, True
         if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not own:
             given = steps[0]["pattern"]["Regex"]
-            if steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+            if steps[0]["behavior"] == "Isolated" and not steps[0].get("invert") and not regex.match(given, ""):
                 return rf"{given}|(?:(?!{given})[\s\S])+", True  # what no match covers is a piece too
     if not kinds or (kinds == ["Metaspace"] and steps[0].get("replacement") == "▁"):
         if kinds and steps[0].get("split", True):
@@ -263,10 +263,16 @@ def more_ends(folder):
 
 
 def tokenizer_from_json(folder):
-    """A Hugging Face folder's tokenizer.json, tokenizer_config.json, generation_config.json -> Tokenizer."""
-    file = folder / "tokenizer.json"
+    """A Hugging Face folder's tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json -> Tokenizer."""
+    file, config, jinja = (folder / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     data, ends = read_json(file), more_ends(folder)
-    extra = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    extra = read_json(config) if config.exists() else {}
+    with refusing(jinja if jinja.exists() else config, "holds no chat template that we can read", "mend it, or get it anew"):
+        template = jinja.read_text(encoding="utf-8") if jinja.exists() else extra.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError("it is no text")
     with refusing(file, "is no tokenizer that we can read", "give a LLaMA, Mistral or Qwen"):
         bpe = data["model"]
         if bpe["type"] != "BPE" or any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
@@ -288,10 +294,6 @@ def tokenizer_from_json(folder):
         text = lambda t: t["content"] if isinstance(t, dict) else t or ""
         eos = [i for t, i in (added | special).items() if t == text(extra.get("eos_token"))]
         eos += [i for i in ends if i not in eos]
-        template = folder / "chat_template.jinja"
-        template = template.read_text(encoding="utf-8") if template.exists() else extra.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
         return Tokenizer(bpe["vocab"], merges, special, pattern, eos, template, text(extra.get("bos_token")), added,
                          template_of(steps["post_processor"]), normalize, whole, bpe.get("unk_token"),
                          bool(bpe.get("fuse_unk")), of_bytes, "Strip" in kinds)

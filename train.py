@@ -35,7 +35,7 @@ import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, without
 from charts import draw
 from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
-from data import Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
+from data import CHOICE_TASKS, Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
                     state_shares, static_plan)
@@ -141,6 +141,15 @@ def arguments():
         raise ValueError("--start, --lam, --beta and --no-weights are for --objective rl")
     if not all(math.isfinite(v) and v >= 0 for v in (args.lam, args.beta or 0.0)):
         raise ValueError("--lam and --beta must be 0 or more")
+    if args.data_dir and args.data not in (*CHOICE_TASKS, "wikitext2", "cnn_dm"):
+        raise ValueError(f"--data {args.data} does not come from --data-dir: name a data set that does, or leave --data-dir out")
+    reads = [args.data, args.model, f"{args.data_dir}/{args.data}/train.jsonl", *([args.start] if args.start else [])]
+    reads += [f"{args.model}/model.safetensors"] if args.model != "smollm2" else []
+    writes = ["policy.safetensors", "router.safetensors", "checkpoint.safetensors", "train.json", "train.jsonl", "train.png"]
+    writes += ["model.safetensors", "base.safetensors"] if args.train_model else []
+    both = {Path(file).resolve() for file in reads} & {(Path(args.out) / name).resolve() for name in writes}
+    if both:
+        raise ValueError(f"--out {args.out}: this run would write over {both.pop()}, which it reads; give another --out")
     return args
 
 
@@ -192,6 +201,7 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
     observe(known, model)
     routers.begin(policy.to(device), known, args.skip)
+    checkpoint.begin()
     with checkpoint.log(out / "train.jsonl") as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
     routers.calibrate(policy, model, some(2), args.skip)  # late tokens skip more
@@ -248,8 +258,6 @@ def main():
     few = priced[:8] if choice else text_examples(pool[len(pool) // 2][None])
     test = read("test", 200 if choice else 4, LONG)
     out = lock_folder(args.out)
-    if args.train_model and Path(args.model).resolve() == (out / "model.safetensors").resolve():
-        raise ValueError(f"--train-model would write over --model {args.model} itself; give another --out")
     started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
     steps = args.steps if args.objective == "rl" or args.train_model else None  # nothing else has steps, so --resume need not repeat them
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
@@ -257,13 +265,14 @@ def main():
                 "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
                 "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
-    if not args.resume:
-        (out / "base.safetensors").unlink(missing_ok=True)  # of an earlier run: our own --resume would stumble over it
 
     found = profile(model, samples)
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     cache_codes(model, pool)
     model.quantize(int4=settings["int4"])
+    checkpoint.begin()
+    if args.train_model and not args.resume:
+        Checkpoint(out / "base.safetensors", settings, args.seed, False).begin()
     wide = {"width": len(start.scorer.first.bias)} if start else {}
     scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide).to(device)
     scorer.mean.copy_(found["mean"].mean(0))

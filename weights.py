@@ -127,7 +127,7 @@ def our_names(c, tensors, dtype, device, where):
         try:
             t = tensors.pop(name)
         except KeyError:
-            raise ValueError(f"{where}: tensor {name} is missing from the weights") from None
+            raise ValueError(f"{where}: tensor {name} is missing from the weights; give a complete model") from None
         if tuple(t.shape) != shape or t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{where}: tensor {name} is {t.dtype} {tuple(t.shape)}, expected fp32, fp16 or bf16 of shape {shape}")
         if not t.isfinite().all():

@@ -72,6 +72,12 @@ def test_bench_eval(tiny, policy_file, some_text, method):
     assert (out["value"] == out["value_full"]) == (method == "full")
 
 
+def test_bench_eval_of_a_context_shorter_than_a_prompt(some_text, tmp_path):
+    tiny_folder(tmp_path / "m", max_position_embeddings=16)
+    out = last_json(script("bench.py", "eval", "--file", some_text, "--method", "int8", "--model", tmp_path / "m", "--limit", 2, "--json"))
+    assert out["tokens"] == 32 and out["speedup_measured"] > 0
+
+
 @pytest.fixture(scope="module")
 def items_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("items") / "items.jsonl"
@@ -301,12 +307,20 @@ FAULTS = [
     ("no speedup in bench", [*EVAL, "nan", "--method", "full"], None, "nan"),
     ("a report of nothing", ["bench.py", "report", "--results", "TMP"], None, "no results"),
     ("no file to start from", [*TRAIN, "--objective", "rl", "--start", "TMP/none.safetensors"], None, "none.safetensors"),
+    ("a number beyond all machines", [*TRAIN, "--samples", 2**63], None, "--samples"),
+    ("an output whose name is no text", [*TRAIN, "--out", "TMP/\udcff"], None, "--out"),
+    ("a data folder that is none", ["bench.py", "table", "--data-dir", "TMP/none", "--model", "MODEL"], None, "--data-dir"),
+    ("a data folder for a file", [*TRAIN, "--data-dir", "TMP"], None, "--data-dir"),
+    ("a data folder for the built-in text", ["train.py", "--data-dir", "TMP", "--out", "TMP/o"], None, "--data-dir"),
+    ("a data folder for a task that is not there", ["bench.py", "eval", "--task", "lm", "--data-dir", "TMP"], None, "--data-dir"),
+    ("a chat template of binary junk", OF_MODEL, lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xe9"), "chat_template.jinja"),
+    ("a chat template that is none", OF_MODEL, write("tokenizer_config.json", '{"chat_template": [3]}'), "tokenizer_config.json"),
     ("a policy without prices", [*EVAL, 2, "--policy", "BARE"], None, "prices"),
 ]
 
 
 @pytest.mark.parametrize("args, change, word", [f[1:] for f in FAULTS], ids=[re.sub(r"\W+", "_", f[0]) for f in FAULTS])
-def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
+def test_fault(tiny, policy_file, some_text, tmp_path, monkeypatch, args, change, word):
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     folder = tiny
@@ -321,7 +335,8 @@ def test_fault(tiny, policy_file, some_text, tmp_path, args, change, word):
     policy = Policy.load(policy_file)
     policy.prices = []
     policy.save(tmp_path / "bare.safetensors")
-    policy.settings = policy.settings | {"int4": "../gptq"}
+    monkeypatch.setattr(Policy, "validate", lambda self: None)
+    policy.int4 = policy.settings["int4"] = "../gptq"
     policy.save(tmp_path / "else.safetensors")
     policy.scorer.first.bias.data[3] = float("nan")
     policy.save(tmp_path / "nan.safetensors")
@@ -404,6 +419,32 @@ def test_a_cache_that_cannot_be_written(tiny, some_text, tmp_path):
     assert done.returncode == 2 and "another folder" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_run_does_not_write_over_what_it_reads(tiny, some_text, policy_file, tmp_path):
+    """Training data beside a log of the same name, the model's own folder, the policy that it starts from, what a refused run finds there."""
+    items, out = tmp_path / "arc_easy" / "train.jsonl", tmp_path / "out"
+    items.parent.mkdir()
+    items.write_text(json.dumps({"question": "Who sat?", "choices": ["the cat", "the dog"], "answer": 0}) + "\n")
+    shutil.copytree(tiny, tmp_path / "model")
+    out.mkdir()
+    for name in ("policy", "checkpoint"):
+        shutil.copy(policy_file, out / f"{name}.safetensors")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    for args in (["--data", items, "--out", items.parent], ["--data", "arc_easy", "--data-dir", tmp_path, "--out", items.parent],
+                 ["--data", some_text, "--model", tmp_path / "model", "--train-model", "--out", tmp_path / "model"],
+                 ["--data", some_text, "--objective", "rl", "--start", out / "policy.safetensors", "--out", out]):
+        done = script("train.py", "--model", tiny, "--samples", 1, *args)
+        assert done.returncode == 2 and "which it reads; give another --out" in done.stderr, done.stderr
+    cache = tmp_path / "cache" / "dash"
+    cache.mkdir(parents=True)
+    train = ["train.py", "--model", tiny, "--data", some_text, "--samples", 1, "--out"]
+    assert script(*train, tmp_path / "o", env={"XDG_CACHE_HOME": str(cache.parent)}).returncode == 0
+    [codes] = cache.glob("int4-*")
+    codes.write_text("junk")
+    done = script(*train, out, env={"XDG_CACHE_HOME": str(cache.parent)})
+    assert done.returncode == 2 and codes.name in done.stderr.splitlines()[-1], done.stderr
+    assert all(f.read_bytes() == data for f, data in before.items())
+
+
 @pytest.mark.parametrize("n", [1, 511])
 def test_prompts_of_one_token_and_of_all_but_one(tiny, n):
     done = script("infer.py", "--full", "--model", tiny, "--prompt", "1" * n, "--max-new-tokens", 3)
@@ -431,7 +472,8 @@ def test_a_full_or_read_only_disk_loses_nothing(tiny, some_text, policy_file, sm
     """One line that names the file; what was there before is still there; nothing is half-written."""
     disk = small_disk(options)
     if not options:
-        (disk / "policy.safetensors").write_bytes(policy_file.read_bytes())
+        for name in ("policy.safetensors", "checkpoint.safetensors"):
+            (disk / name).write_bytes(policy_file.read_bytes())
         (disk / "fill").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 4096))
     before = {f.name: f.read_bytes() for f in disk.iterdir()}
     if what == "results":

@@ -167,7 +167,7 @@ def test_oracle_without_a_policy(made, tiny):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["oracle", "--data-dir", "nothing"], "wikitext2"), (["oracle", "--task", "arc_easy", "--data-dir", "nothing"], "nothing"),
+    (["oracle", "--data-dir", "."], "wikitext2"), (["oracle", "--task", "arc_easy", "--data-dir", "nothing"], "nothing"),
     (["hidden", "--data-dir", "nothing"], "nothing"), (["oracle", "--limit", "0"], "--limit"), (["hidden", "--limit", "0"], "--limit"),
     (["oracle", "--task", "mc"], "--file")])
 def test_faults(tiny, tmp_path, args, word):

@@ -184,7 +184,7 @@ def test_save_and_load(tmp_path):
     assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_a_damaged_policy_is_refused(tmp_path):
+def test_a_damaged_policy_is_refused(tmp_path, monkeypatch):
     policy = make_policy()
     file = tmp_path / "p.safetensors"
     policy.save(file)
@@ -193,10 +193,22 @@ def test_a_damaged_policy_is_refused(tmp_path):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match="p.safetensors"):
             Policy.load(file)
+    monkeypatch.setattr(Policy, "validate", lambda self: None)  # as if a damaged file had been saved
+    changes = {"prices": [(1.5, 0.1), (2.0, 1e308)], "scale": [1e308] * 4, "costs": torch.zeros(4), "settings": {"position_damage": [[[0.0] * 4] * 4]}}
+    bad = [make_policy() for _ in changes]
+    for one, change in zip(bad, changes.items()):
+        setattr(one, *change)
     policy.scorer.bias.data[0, 0, 0] = float("nan")
-    policy.save(file)
-    with pytest.raises(ValueError, match="finite"):
-        Policy.load(file)
+    for n, one in enumerate([*bad, policy]):
+        one.save(tmp_path / f"{n}.safetensors")
+    monkeypatch.undo()
+    for n in range(len(bad) + 1):
+        with pytest.raises(ValueError, match=f"{n}.safetensors is not a policy"):
+            Policy.load(tmp_path / f"{n}.safetensors")
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="p.safetensors is left as it was: .* not finite"):
+        policy.save(file)
+    assert file.read_bytes() == before
     with pytest.raises(FileNotFoundError, match="train.py"):
         Policy.load(tmp_path / "none.safetensors")
 

@@ -6,6 +6,8 @@ import re
 import shlex
 import textwrap
 
+import pytest
+
 from bench import PAGES, render
 from common import sha256
 from conftest import ROOT, script
@@ -17,6 +19,14 @@ def test_tables_are_those_of_results():
     assert render(TEXTS, ROOT / "results") == TEXTS, "run python bench.py report"
     shown = re.findall(r"<!-- ([\w-]+) -->\n(?!<!-- /)", "\n".join(TEXTS.values()))
     assert len(shown) > 20 and all((ROOT / "results" / f"{name.removesuffix('-details')}.json").exists() for name in shown), shown
+
+
+def test_a_damaged_page_is_refused_and_not_doubled():
+    page = TEXTS["README.md"]
+    begin, end = "<!-- speed-gpu -->", "<!-- /speed-gpu -->"
+    for bad in (page.replace(end, ""), page.replace(begin, ""), page + begin, page.replace(begin, "|").replace(end, begin).replace("|" + "\n", end + "\n")):
+        with pytest.raises(ValueError, match="README.md needs <!-- speed-gpu --> once"):
+            render({"README.md": bad}, ROOT / "results")
 
 
 def rows_of(name):

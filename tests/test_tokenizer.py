@@ -210,6 +210,8 @@ def test_any_ids_decode_as_the_reference_does(small):
     ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"), ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
     ({"added_tokens": [{"id": 1, "content": "<m>", "lstrip": True}]}, "lstrip"), ({"added_tokens": [{"id": 1, "content": ""}]}, "empty"),
     ({"added_tokens": [{"id": -1, "content": "<m>"}]}, "no number"), ({"normalizer": {"type": "Prepend"}}, "prepend"), ({"pre_tokenizer": [[]]}, "tokenizer.json"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": False},
+                                                              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}, "pre-tokenizer"),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "vocabulary lacks"), ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "tokenizer.json"),
 ])
 def test_tokenizers_that_we_do_not_have_are_named(tmp_path, change, word):

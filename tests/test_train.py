@@ -142,8 +142,29 @@ def test_resume_says_when_there_is_nothing_to_go_on_with(tiny, some_text, tmp_pa
 def test_a_run_begun_anew_does_not_go_on_from_an_older_one(tmp_path):
     Checkpoint(tmp_path / "c", {}, 0, False).write(3, {})
     assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 3
-    Checkpoint(tmp_path / "c", {}, 0, False)  # killed before it wrote its first
-    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 0
+    Checkpoint(tmp_path / "c", {}, 0, False)  # refused before it began
+    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 3
+    new = Checkpoint(tmp_path / "c", {}, 0, False)
+    new.begin()  # killed before it wrote its first
+    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 0 and (tmp_path / "c").exists()
+    new.write(1, {})
+    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 1 and [f.name for f in tmp_path.iterdir()] == ["c"]
+
+
+def test_what_is_no_checkpoint_or_lacks_its_log_is_refused(tmp_path):
+    write_safetensors(tmp_path / "c", {}, settings={})
+    with pytest.raises(ValueError, match="c is no checkpoint; move it away"):
+        Checkpoint(tmp_path / "c", {}, 0, True)
+    Checkpoint(tmp_path / "c", {}, 0, False).write(2, {})
+    log = tmp_path / "train.jsonl"
+    for bad in ('{"step": 0}\n', '{"step": 0}\n{"st', '{"step": 1}\n{"step": 2}\n'):
+        log.write_text(bad)
+        with pytest.raises(ValueError, match="train.jsonl does not go with its checkpoint .* start anew"):
+            Checkpoint(tmp_path / "c", {}, 0, True).log(log)
+        assert log.read_text() == bad
+    log.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    Checkpoint(tmp_path / "c", {}, 0, True).log(log).close()
+    assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
 def test_a_log_of_ones_own_is_drawn(finished, tmp_path):
