@@ -261,7 +261,8 @@ def best_static(known, candidates, measure, speedup):
 
 
 def position_mix(known, speedup):
-    damage, costs = possible(known.position_damage), known.costs.cpu()
+    damage = possible(known.position_damage)
+    costs = known.costs.cpu()
 
     def draw(tokens):  # within the cost asked for in a window as long as this one
         of_tokens = damage[bucket(torch.arange(tokens.shape[1]))].transpose(0, 1)  # (L, T, 4)
@@ -331,7 +332,8 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
     """
     costs = free_skips(known.costs)
     cost = dict(zip(STATE_OF, costs.tolist()))
-    path, current = [torch.full((known.L,), 4, dtype=torch.uint8)], 0.0  # all plans, and the KL of the last
+    path = [torch.full((known.L,), 4, dtype=torch.uint8)]  # all plans
+    current = 0.0  # the KL of the last
     queue = [(-math.inf, i, 0, 0.0) for i in range(1, known.L)]  # KL per cost saved, block, plans there were when it was measured, KL
     bar = tqdm(desc="greedy static plan, plans measured", leave=False)
     while queue and mean_cost(path[-1], costs) > 4 / speedup + 1e-6:

@@ -46,7 +46,8 @@ from tables import ablation, figures, frontier, table, transfer
 def evaluate(args):
     task = one_text(args)
     metric, (full, row), _, facts = rank(args, task, [(args.method, args.speedup)], 8 if task in TEXTS else 100)
-    unit, n = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric], facts["n"]
+    unit = {"perplexity": "windows", "accuracy": "items", "Rouge-L": "articles"}[metric]
+    n = facts["n"]
     spread = "[{:.3f}, {:.3f}]".format(*row["interval"]) if n > 1 else "(one example has no interval)"
     codes = facts["int4"] if facts["policy"] else f"{facts['int4']}, since {policy_path(args, task)} is not there or of another model"
     distance = f"KL {row['kl']:.4f} nats, " if "kl" in row else ""

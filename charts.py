@@ -29,7 +29,9 @@ def canvas(width, height, columns=1, rows=1):
 
 def draw(file):
     """results/NAME.json -> NAME.png beside it, whole or not at all; the path, or None where there is nothing to draw."""
-    chart, path, buffer = CHARTS.get(Path(file).stem.split("-")[0]), Path(file).with_suffix(".png"), io.BytesIO()
+    chart = CHARTS.get(Path(file).stem.split("-")[0])
+    path = Path(file).with_suffix(".png")
+    buffer = io.BytesIO()
     if chart is None:
         return None
     with refusing(file, "lacks what its picture shows", "make it again with the command that it names"):
@@ -71,7 +73,9 @@ def kl_error(rows):
 
 def train(r):
     """Training, KL by method, states by block."""
-    (figure, (a, b, c)), log, rows = canvas(15, 4, 3), r["log"], r["rows"]
+    figure, (a, b, c) = canvas(15, 4, 3)
+    log = r["log"]
+    rows = r["rows"]
     if "epoch" in log[0]:
         x, y, label, title = "epoch", "loss", "loss of the fit", "fit to Fisher labels"
     elif "ce" in log[0]:
@@ -157,7 +161,10 @@ def table(r):
     """Quality against measured time (against bits where nothing is decoded), a line a method; of perplexity also the part near the full
     model's; in the place of accuracy, of which few items say little, KL."""
     full, *rows = r["rows"]
-    x, full, perplexity, choice = "measured" if "measured" in full else "speedup", full["value"], r["metric"] == "perplexity", r["metric"] == "accuracy"
+    x = "measured" if "measured" in full else "speedup"
+    full = full["value"]
+    perplexity = r["metric"] == "perplexity"
+    choice = r["metric"] == "accuracy"
     worth = lambda row: max(row["kl"], 1e-7) if choice else row["value"]
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(15 if perplexity else 9, 5, 1 + perplexity)
@@ -197,15 +204,19 @@ def frontier(r):
     """KL against speedup, and over the best static plan's; the seeds of one policy in one colour."""
     figure, panels = canvas(14, 5, 2)
     colors = {"random states": "tab:gray", "best static plan": "tab:orange", "by position": "tab:olive"}
-    others, methods = iter("tab:" + c for c in "blue red green purple cyan pink".split()), by(r["rows"][3:], "method")
-    static, drawn, int4 = methods["best static plan"], {}, r["rows"][2]
+    others = iter("tab:" + c for c in "blue red green purple cyan pink".split())
+    methods = by(r["rows"][3:], "method")
+    static = methods["best static plan"]
+    drawn = {}
+    int4 = r["rows"][2]
     for method, rows in methods.items():
         family = re.sub(r", seed \d+", "", method)
         label = None if family in drawn else family
         if label:
             drawn[family] = colors.get(family) or next(others, "black")
         look = {"color": drawn[family], "marker": "o", "markersize": 4, "linestyle": "-" if ", " in family else "--"}
-        x, over = [row["speedup"] for row in rows], [quotient(row["each"]["kl"], plan["each"]["kl"]) for row, plan in zip(rows, static)]
+        x = [row["speedup"] for row in rows]
+        over = [quotient(row["each"]["kl"], plan["each"]["kl"]) for row, plan in zip(rows, static)]
         for beyond in (False, True):  # a line across all INT4 would pass above it, and every method could be there
             part = [row for row in rows if (row["speedup"] > int4["speedup"]) == beyond]
             panels[0].plot([row["speedup"] for row in part], [row["kl"] for row in part], label=None if beyond else label, **look)
@@ -225,7 +236,8 @@ def frontier(r):
 
 def figure1(r):
     """Similarity of input and output by block, of all hidden states, and accuracy without the most similar blocks."""
-    (figure, (a, b, c)), blocks = canvas(15, 4, 3), range(1, len(r["similarity"]) + 1)
+    figure, (a, b, c) = canvas(15, 4, 3)
+    blocks = range(1, len(r["similarity"]) + 1)
     a.plot(blocks, r["similarity"], marker="o", markersize=3)
     a.fill_between(blocks, *r["deciles"], alpha=0.2)
     a.set(xlabel="block i", ylabel="cosine of $h_{i-1}$ and $h_i$", title="Input and output of a block: mean, 10% to 90%")
@@ -259,7 +271,8 @@ def figure4(r):
 
 
 def transfer(r):
-    (figure, [axes]), found = canvas(7, 5), r["found"]
+    figure, [axes] = canvas(7, 5)
+    found = r["found"]
     tasks = list(next(iter(found.values())))
     best = {b: max(1e-9, min(found[a][b]["kl"] for a in found)) for b in tasks}
     ratio = [[found[a][b]["kl"] / best[b] for b in tasks] for a in found]
@@ -300,7 +313,8 @@ def hidden(r):
 
 def oracle(r):
     """What each nested path would do to all sequences, and which of them the oracle takes."""
-    (figure, (left, right)), P = canvas(11, 4.2, 2), len(r["paths"])
+    figure, (left, right) = canvas(11, 4.2, 2)
+    P = len(r["paths"])
     mean = lambda values: sum(values) / len(values)
     cost = [100 * mean(c) for c in r["cost"]]
     change = [mean(s) - mean(r["score"][0]) for s in r["score"]]
@@ -335,7 +349,8 @@ def controllers(r):
 
 
 def kv(r):
-    (figure, [axes]), names = canvas(8, 3.8), list(by(r["rows"], "method"))
+    figure, [axes] = canvas(8, 3.8)
+    names = list(by(r["rows"], "method"))
     for n, (mode, rows) in enumerate(by(r["rows"], "kv").items()):
         axes.bar([i + 0.4 * n for i in range(len(rows))], [row["kl"] for row in rows], 0.4, yerr=kl_error(rows), capsize=3,
                  label={"fill": "filled, in INT4"}.get(mode, mode))
@@ -347,7 +362,9 @@ def kv(r):
 
 def depth(r):
     """Blocks and cost a new token by kind of request: mean, and deviation over tokens."""
-    (figure, panels), kinds, methods = canvas(13, 4, 2), list(by(r["rows"], "kind")), by(r["rows"], "method")
+    figure, panels = canvas(13, 4, 2)
+    kinds = list(by(r["rows"], "kind"))
+    methods = by(r["rows"], "method")
     for axes, key, what in zip(panels, ("blocks", "cost"), ("blocks run", "cost a block (4 = full)")):
         for n, (method, rows) in enumerate(methods.items()):
             means, variances = zip(*(row[key] for row in rows))
@@ -368,7 +385,8 @@ def retain(r):
     for axes, (task, rows) in zip(panels, tasks.items()):
         for n, (method, those) in enumerate(by(rows, "method").items()):
             those = sorted(those, key=lambda row: row["speedup"])
-            values, spans = [100 * row["retained"] for row in those], [[100 * v for v in row["interval"]] for row in those]
+            values = [100 * row["retained"] for row in those]
+            spans = [[100 * v for v in row["interval"]] for row in those]
             axes.errorbar([row["speedup"] + 0.004 * n for row in those], values, error(values, spans), marker="o", markersize=4,
                           capsize=3, elinewidth=0.7, label=method)
         axes.axhline(100, color="black", linestyle=":", linewidth=1)
@@ -379,7 +397,8 @@ def retain(r):
 
 def multitoken(r):
     """Nats by place in the cycle, and what the cycles save."""
-    (figure, (left, right)), rows = canvas(11, 4, 2), r["rows"]
+    figure, (left, right) = canvas(11, 4, 2)
+    rows = r["rows"]
     for n, row in enumerate(rows):
         for key, style, fill in (("before", ":", "none"), ("after", "-", "full")):
             left.plot(range(1, row["tau"] + 1), row[key], style, marker="o", fillstyle=fill, color=f"C{n}", label=f"tau = {row['tau']}, {key}")

@@ -126,7 +126,8 @@ def ratio(values, a, b):
 
 def prompt_of(tokenizer, row):
     """A row of ids as a prompt: its text, without the ids that `encode` puts in front of one (BOS)."""
-    ids, front = row.tolist(), [*tokenizer.template[0]]
+    ids = row.tolist()
+    front = [*tokenizer.template[0]]
     return tokenizer.decode(ids[len(front) :] if ids[: len(front)] == front else ids)
 
 
@@ -171,7 +172,8 @@ def summary_prompt(model, tokenizer, article):
 
 def summaries(model, tokenizer, articles, policies):
     """Rouge-L of greedy summaries under every policy: rows as `compare` makes them."""
-    score, rows = rouge(), []
+    score = rouge()
+    rows = []
     for policy in tqdm(policies, desc="summaries", leave=False):
         each, states = [], []
         for article in articles:
@@ -208,7 +210,8 @@ def at_hand(args, task, default, needed=True, path=None):
     path = path or policy_path(args, task)
     if task == "mc" and not args.file:
         raise ValueError('--task mc needs --file with lines of {"question", "choices": [text, ...], "answer": index}')
-    choice, device = task not in TEXTS, pick_device(args.device)
+    choice = task not in TEXTS
+    device = pick_device(args.device)
     name, split, folder = source(args, task, "test")
     load_text(name, split, folder, choice)  # not there, or no text: say so before anything is loaded
     text = load_text(*source(args, task, "train"))
@@ -228,11 +231,13 @@ def at_hand(args, task, default, needed=True, path=None):
     if args.file and policies[0] and Path(args.file).resolve() == Path(str(policies[0].settings.get("data"))).resolve():
         print(f"note: {path} was trained on the first four fifths of {args.file}", file=sys.stderr)
     model.quantize(int4=int4)
-    context, left = model.config.block_size, policies[0].settings if policies[0] else {}  # where train.py left the damage that baselines go by
+    context = model.config.block_size
+    left = policies[0].settings if policies[0] else {}  # where train.py left the damage that baselines go by
     known = baselines.Known(model.config.n_layer, bit_costs(model.config), args.seed, policies[0] and policies[0].scale, model.config,
                             windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), spread=True).to(device),
                             **{name: torch.tensor(left[name]) for name in ("damage", "position_damage") if name in left})
-    limit, size = args.limit or (10**6 if args.full else default), context if choice else min(LONG, context)
+    limit = args.limit or (10**6 if args.full else default)
+    size = context if choice else min(LONG, context)
     return model, tokenizer, policies, known, load_examples(name, split, tokenizer, limit, size, folder, device, choice=choice)
 
 
@@ -245,9 +250,11 @@ def rank(args, task, asked, default, timed=True, priced=False):
     """
     if task == "cnn_dm":
         rouge()
-    path, metric = policy_path(args, task), metric_of(task)
+    path = policy_path(args, task)
+    metric = metric_of(task)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False)
-    rows, at_cost = [{"method": "full model", "target": 1.0}], {}
+    rows = [{"method": "full model", "target": 1.0}]
+    at_cost = {}
     ran = [(rows[0], None)]  # those that there are, with their policies
     if priced and policy and task != "cnn_dm":  # there the price tracks
         reach = [s for method, s in asked if method == "dash" and s <= most_speedup(known.L, bit_costs(model.config))]
@@ -262,7 +269,9 @@ def rank(args, task, asked, default, timed=True, priced=False):
             if len(asked) == 1:
                 raise
             rows[-1]["missing"] = str(e)
-    prompt, int4, path = prompt_of(tokenizer, examples[0].rows[0, : min(32, model.config.block_size // 2)]), model.int4, path if policy else None
+    prompt = prompt_of(tokenizer, examples[0].rows[0, : min(32, model.config.block_size // 2)])
+    int4 = model.int4
+    path = path if policy else None
     policies = [policy for _, policy in ran]
     found = compare(model, examples, policies) if task != "cnn_dm" else None
     if timed:

@@ -66,9 +66,12 @@ def controllers(args):
     """Thresholds are set, as prices are in `frontier`, for the asked number on the text itself: what is compared is the choice alone."""
     task = one_text(args)
     model, _, [policy, *_], known, examples = at_hand(args, task, 2, needed=False)
-    there, L, examples = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp"), known.L, pieces(examples)
+    there = gates(args, model, "gate-hidden", "gate-fixed", "gate-mlp")
+    L = known.L
+    examples = pieces(examples)
     baselines.observe(known, model)
-    budgets, fill = sorted({r.settings["skip"] for r in there}), float(known.costs[0])
+    budgets = sorted({r.settings["skip"] for r in there})
+    fill = float(known.costs[0])
     ways = []  # method, blocks, policy
     for n in budgets:
         speedup = 4 / (4 - n * (4 - fill) / L)  # of filled skips
@@ -96,7 +99,8 @@ def controllers(args):
 def kv(args):
     task = one_text(args)
     model, _, [policy, *_], known, examples = at_hand(args, task, 2, needed=False)
-    there, examples = gates(args, model, "flexidepth"), pieces(examples)
+    there = gates(args, model, "flexidepth")
+    examples = pieces(examples)
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
         contenders |= {f"dash, states 0 and 4, {s:g}x": p for s, p in
@@ -135,14 +139,16 @@ def depth(args):
     model, tokenizer, [policy, *_], known, _ = at_hand(args, task, 1, needed=False)
     text = load_text(*source(args, task, "test"), False)
     passages = windows(tokenizer, text, args.limit or (50 if args.full else 4), 96, task, spread=True)
-    asked, there = requests([prompt_of(tokenizer, row) for row in passages], args.seed), gates(args, model, "flexidepth")
+    asked = requests([prompt_of(tokenizer, row) for row in passages], args.seed)
+    there = gates(args, model, "flexidepth")
     contenders = {f"FlexiDepth, {r.settings['skip']} skipped": r for r in there}
     if policy:
         speedups = [s for s in (2.67, 4.0) if s <= most_speedup(known.L, known.costs)]
         contenders |= zip((f"dash, {s:g}x" for s in speedups), variant(policy, model, text_examples(known.samples[:8]), speedups))
     rows = []
     for name, routed in contenders.items():
-        costs, half = bit_costs(model.config, routed), len(routed.scale) // known.L
+        costs = bit_costs(model.config, routed)
+        half = len(routed.scale) // known.L
         for kind, prompts in asked.items():
             states = torch.cat([generate(model, tokenizer, prompt, routed, 32, chat=bool(tokenizer.chat_template))["token_states"]
                                 for prompt in tqdm(prompts, desc=f"{name}, {kind}", leave=False)], 1)
@@ -168,7 +174,8 @@ MERGED, STRIDE = 3, 2  # LaCo: blocks that become one, and blocks between two me
 
 def merge(blocks, i, n):
     """Block i takes on the differences of the n blocks after it: theta_i + sum_k (theta_{i+k} - theta_i) (LaCo, Eq 1), and these go."""
-    block, later = copy.deepcopy(blocks[i]), [dict(b.named_parameters()) for b in blocks[i + 1 : i + 1 + n]]
+    block = copy.deepcopy(blocks[i])
+    later = [dict(b.named_parameters()) for b in blocks[i + 1 : i + 1 + n]]
     for name, p in block.named_parameters():
         p.copy_(p + sum(other[name] - p for other in later))
     return [*blocks[:i], block, *blocks[i + 1 + n :]]
@@ -179,8 +186,11 @@ def laco(model, samples, n):
 
     Its threshold is lowered, 0.05 at a time, until n blocks are gone (ours; theirs is set by hand).
     """
-    blocks, wanted = list(model.blocks), model.hidden(samples)
-    threshold, bar, L = 0.95, tqdm(total=n, desc="LaCo, blocks merged"), len(model.blocks)
+    blocks = list(model.blocks)
+    wanted = model.hidden(samples)
+    threshold = 0.95
+    bar = tqdm(total=n, desc="LaCo, blocks merged")
+    L = len(model.blocks)
     while len(blocks) > L - n:
         i = len(blocks) - MERGED
         while i >= 1 and len(blocks) > L - n:  # the first block stays, as everywhere here
@@ -210,10 +220,13 @@ def retain(args):
     for task in tasks:
         default = 2 if task in TEXTS else 12
         model, tokenizer, [policy, *_], known, examples = at_hand(args, task, default, needed=False)
-        L, there, used = known.L, gates(args, model, "flexidepth", "mindskip"), [*used, policy]
+        L = known.L
+        there = gates(args, model, "flexidepth", "mindskip")
+        used = [*used, policy]
         asked = sorted({r.settings["skip"] for r in there})
         baselines.observe(known, model)
-        texts, metric = examples if task == "cnn_dm" else pieces(examples), metric_of(task)
+        texts = examples if task == "cnn_dm" else pieces(examples)
+        metric = metric_of(task)
         # as in `frontier`, at the price that meets the cost on this text; summaries are generated at the same
         priced = variant(policy, model, texts, [L / (L - n) for n in asked]) if policy else [None] * len(asked)
         examples = some_articles(args, 2) if task == "cnn_dm" else texts
@@ -232,7 +245,8 @@ def retain(args):
             found += [("LaCo", n, r | {"speedup": L / (L - n)}) for r in measure(short[n], [None])]
         key, statistic = METRICS[metric]
         full = torch.tensor(found[0][2]["each"][key], dtype=torch.float64)
-        whole, n_of[task] = statistic(full).item(), len(examples)
+        whole = statistic(full).item()
+        n_of[task] = len(examples)
 
         def share_left(each, full):
             """Of the full model's score, from paired examples (..., n)."""
@@ -246,14 +260,17 @@ def retain(args):
                          "each": r["each"][key]})
             if whole > 0:  # of nothing, nothing can be retained
                 rows[-1] |= {"retained": share_left(each, full).item(), "interval": bootstrap(share_left, each, full)}
-    of, cells = {(r["method"], r["skipped"], r["task"]): r for r in rows}, []
+    of = {(r["method"], r["skipped"], r["task"]): r for r in rows}
+    cells = []
     for method, n in dict.fromkeys((r["method"], r["skipped"]) for r in rows):
-        line, cell = [of.get((method, n, t)) for t in tasks], lambda r: f"{r['value']:.4g}"
+        line = [of.get((method, n, t)) for t in tasks]
+        cell = lambda r: f"{r['value']:.4g}"
         if n:
             percent = lambda r: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in (r["retained"], *r["interval"])))
             cell = lambda r: f"{percent(r) if 'retained' in r else '-'} ({r['speedup']:.2f}x)"
         cells.append([f"{method}, {n}" if n else "full model, value", *(cell(r) if r else "" for r in line)])
-    counts, numbers = ", ".join(f"{t} {n_of[t]}" for t in tasks), " and ".join(map(str, asked))
+    counts = ", ".join(f"{t} {n_of[t]}" for t in tasks)
+    numbers = " and ".join(map(str, asked))
     caption = (f"Retained % of the full model's score (perplexity: full over the method's) at {numbers} of {L} blocks skipped [95% "
                f"interval, paired] (speedup in bits); n: {counts}, text in pieces. MindSkip skips attention only. DASH is priced for "
                f"ShortGPT's cost on this text. {made(there, *used)}")

@@ -205,7 +205,8 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     labels[..., 0] = SKIP_SHARE * skip + (1 - SKIP_SHARE) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
-    table, where = mean.repeat(POSITIONS, 1, 1), bucket(position)
+    table = mean.repeat(POSITIONS, 1, 1)
+    where = bucket(position)
     for p in where.unique():
         table[p] = labels[where == p].mean(0)
     pad = lambda t: F.pad(t, (0, 1, 1, 0)).cpu()  # a column for state 4 and a row for block 1: no damage

@@ -46,7 +46,11 @@ class Bucket:
     a bucket, and attention does not read the whole cache."""
 
     def __init__(self, kv, position, ends, starts, size):
-        self.kv, self.position, self.ends, self.starts, self.size = kv, position, ends, starts, size
+        self.kv = kv
+        self.position = position
+        self.ends = ends
+        self.starts = starts
+        self.size = size
 
     def store(self, k, v, i):
         """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""

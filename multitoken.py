@@ -86,7 +86,8 @@ def decode(model, ids, tau, n, late):
         raise ValueError(f"a cycle of {tau} tokens, {late} late blocks: give at least 1 token, and 1 to {L - 1} of the model's {L} blocks")
     if not ids or n < 2 or P + n > model.config.block_size:
         raise ValueError(f"{P} tokens and {n} new ones: give at least 1 and 2, together at most the context of {model.config.block_size}")
-    tokens, cache = torch.tensor([*ids, *[0] * n], device=model.device), KVCache(model, 1, P + n)
+    tokens = torch.tensor([*ids, *[0] * n], device=model.device)
+    cache = KVCache(model, 1, P + n)
     wait = torch.cuda.synchronize if tokens.is_cuda else lambda: None
     filled, passes, rows, logits = 0, 0, 0, []
     for t in range(P - 1, P + n - 1):
@@ -118,11 +119,13 @@ def nats_by_place(model, rows, tau, late, first):
 
     first: at least tau, so that every position has its head before it. ValueError for windows that are too short.
     """
-    T, out = rows.shape[1], []
+    T = rows.shape[1]
+    out = []
     if not tau <= first < T - 1:
         raise ValueError(f"windows of {T} tokens are too short for cycles of {tau}; give a longer text")
     for some in rows.split(4):
-        thought, total = think(model, some, late), torch.zeros(tau, len(some), device=rows.device)
+        thought = think(model, some, late)
+        total = torch.zeros(tau, len(some), device=rows.device)
         for phase in range(tau):
             logits = model.head(hidden(model, some, tau, late, phase, thought)[:, first:-1]).float()
             nats = F.cross_entropy(logits.flatten(0, 1), some[:, first + 1 :].flatten(), reduction="none").view(len(some), -1)
@@ -154,16 +157,21 @@ def multitoken(args):
     Rows of the result, one a tau: before, after: nats by place; each: after, by place and window; faster: tokens/s over the full model's,
     median of alternating rounds; passes, token_blocks: shares of L; text: greedy.
     """
-    task, device = "wikitext2" if args.data_dir else "pydocs", pick_device(args.device)
+    task = "wikitext2" if args.data_dir else "pydocs"
+    device = pick_device(args.device)
     if args.task not in (None, task):
         raise ValueError(f"multitoken --task {args.task}: it trains on wikitext2 with --data-dir, else on pydocs; leave --task out")
     text, held_out = (load_text(task, split, args.data_dir) for split in ("train", "test"))
     model, tokenizer = load(args.model, device, torch.float32)
-    size, folder, L = min(WINDOW, model.config.block_size), lock_folder(args.out), len(model.blocks)
+    size = min(WINDOW, model.config.block_size)
+    folder = lock_folder(args.out)
+    L = len(model.blocks)
     train = windows(tokenizer, text, 10**6, size, task).to(device)
     test = windows(tokenizer, held_out, args.limit or (10**6 if args.full else 16), size, task, spread=True).to(device)
     settings = {"data": task, "steps": args.steps, "seed": args.seed, "fingerprint": model.fingerprint(), "text": digest(text)}
-    late, prompt, rows = in_proportion(L), test[0, :32].tolist(), []
+    late = in_proportion(L)
+    prompt = test[0, :32].tolist()
+    rows = []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
     made = lambda tau: decode(model, prompt, tau, NEW, late)
     made(1)  # too short a context, or too few blocks: say so before any training

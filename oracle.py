@@ -43,7 +43,8 @@ WAYS = ("skip uniformly", "exit early", "skip at random")
 
 def skipping(known, n):
     """The three ways to run n blocks less; at random: in the mean over tokens, and a skip fills keys and values."""
-    speedup, filling = known.L / (known.L - n), 4 / (4 - n * (4 - float(known.costs[0])) / known.L)
+    speedup = known.L / (known.L - n)
+    filling = 4 / (4 - n * (4 - float(known.costs[0])) / known.L)
     return [baselines.unified_skip(known, speedup), baselines.early_exit(known, speedup), baselines.random_skip(known, filling)]
 
 
@@ -51,7 +52,8 @@ def distances(model, examples, policies):
     """Cosine distance of the normed last hidden state to the full model's, the mean over all tokens but the first: (policies, examples)."""
     out = torch.empty(len(policies), len(examples))
     for n, example in enumerate(tqdm(examples, desc="distances", leave=False)):
-        keep, full = example.keep()[:, 1:], model.hidden(example.rows)
+        keep = example.keep()[:, 1:]
+        full = model.hidden(example.rows)
         for k, policy in enumerate(policies):
             routed = model.hidden(example.rows, for_tokens(policy, example.rows))
             out[k, n] = (1 - F.cosine_similarity(full, routed, dim=-1)[:, 1:][keep]).mean()
@@ -61,21 +63,26 @@ def distances(model, examples, policies):
 @torch.no_grad()
 def hidden(args):
     """Distance against the share of blocks kept; Rouge-L against cost, where --data-dir has cnn_dm and --task names no other."""
-    task, articles = one_text(args), []
+    task = one_text(args)
+    articles = []
     if args.task in (None, "cnn_dm") and args.data_dir and (Path(args.data_dir) / "cnn_dm").is_dir():
         articles = some_articles(args, 3)
         rouge()  # not installed: say so before an hour's work
     model, tokenizer, _, known, examples = at_hand(args, task, 2, needed=False)
-    L, examples = known.L, pieces(examples)
+    L = known.L
+    examples = pieces(examples)
     counts = sorted({(L - 2) * k // 8 for k in range(8)})
     found = distances(model, examples, [p for n in counts for p in skipping(known, n)]).view(len(counts), len(WAYS), -1)
-    kept, gaps = [100 * (L - n) / L for n in counts], [exit - uniform for uniform, exit, _ in found[1:]]
-    closer, surely = sum(g.mean().item() > 0 for g in gaps), sum(interval(g)[0] > 0 for g in gaps if len(examples) > 1)
+    kept = [100 * (L - n) / L for n in counts]
+    gaps = [exit - uniform for uniform, exit, _ in found[1:]]
+    closer = sum(g.mean().item() > 0 for g in gaps)
+    surely = sum(interval(g)[0] > 0 for g in gaps if len(examples) > 1)
     holds = "holds" if gaps and surely == len(gaps) else "holds in part" if closer else "does not hold"
     said = (f"Skipping uniformly is closer to the full model than exiting early at {closer} of {len(gaps)} shares of blocks, at {surely} "
             f"of them by more than the 95% interval: that skipping beats exiting {holds} here.")
     tables = [format_table(["blocks kept", *WAYS], [[f"{k:.0f}%", *map(spread, three)] for k, three in zip(kept, found)])]
-    rows, below = [], "No summaries: they need cnn_dm in --data-dir and no other --task."
+    rows = []
+    below = "No summaries: they need cnn_dm in --data-dir and no other --task."
     if articles:
         below = f"Below: Rouge-L, %, of greedy summaries, cnn_dm, test, n = {len(articles)} [95% interval] (cost in bits)."
         few = sorted({max(1, L * k // 30) for k in (1, 2, 4)})
@@ -135,13 +142,17 @@ def likelihoods(model, example, policies, P, generator):
 
 def rouges(model, tokenizer, article, policies, P, generator):
     """The same of Rouge-L, 0 to 1: of one sampled summary; of two; of P of the full model's, dealt out to the paths DRAWS times; cost."""
-    (prompt, chat), score, found, cost = summary_prompt(model, tokenizer, article), rouge(), [], []
+    prompt, chat = summary_prompt(model, tokenizer, article)
+    score = rouge()
+    found = []
+    cost = []
     for policy in policies:
         seeds = torch.randint(2**31, (2 if found else P,), generator=generator).tolist()
         out = [generate(model, tokenizer, prompt, policy, SUMMARY, TEMPERATURE, seed, chat) for seed in seeds]
         found.append(torch.tensor([score(article["highlights"], o["text"]) for o in out]))
         cost.append(mean_cost(torch.cat([o["states"] for o in out], 1), bit_costs(model.config, policy)) / 4)
-    halves, dealt = torch.stack([f[:2] for f in found]), [found[0][torch.randperm(P, generator=generator)] for _ in range(DRAWS)]
+    halves = torch.stack([f[:2] for f in found])
+    dealt = [found[0][torch.randperm(P, generator=generator)] for _ in range(DRAWS)]
     return halves[:, 0], halves, torch.stack(dealt, 1), torch.tensor(cost)
 
 
@@ -161,11 +172,14 @@ def oracle(args):
 
 
 def oracle_on(args, task):
-    path, text, generator = policy_path(args, task), task in TEXTS, torch.Generator().manual_seed(args.seed)
+    path = policy_path(args, task)
+    text = task in TEXTS
+    generator = torch.Generator().manual_seed(args.seed)
     model, tokenizer, [policy, *_], known, examples = at_hand(args, task, 2 if text else 16, needed=False)
     plans = family(known, model, 1 if args.full else max(1, (known.L - 2) // 7))
     examples = examples if task == "cnn_dm" else pieces(examples)
-    P, shares = len(plans), torch.tensor([(p > 0).float().mean() for p in plans])
+    P = len(plans)
+    shares = torch.tensor([(p > 0).float().mean() for p in plans])
     asked = [s for s in ASKED if policy and policy.prices[0][0] <= s <= policy.prices[-1][0]]
     # the paths know two states, so also: what the policy does with these alone
     two = variant(policy, model, examples, SKIPPING, allowed=(0, 4)) if policy else []
@@ -175,7 +189,10 @@ def oracle_on(args, task):
     others = {name: p for group in groups.values() for name, p in group.items()}
     policies = [*(Fixed(p, kv="none") for p in plans), *others.values()]
     if task == "cnn_dm":
-        sequences, what, unit, form = some_articles(args, 2), "Rouge-L of a sampled summary, %", 100, "+.1f"
+        sequences = some_articles(args, 2)
+        what = "Rouge-L of a sampled summary, %"
+        unit = 100
+        form = "+.1f"
         evidence = lambda article: rouges(model, tokenizer, article, policies, P, generator)
     else:
         what = f"log-likelihood of {examples[0].rows.shape[1]} tokens, nats a token" if text else "log-likelihood of the right answer, nats"
@@ -185,17 +202,22 @@ def oracle_on(args, task):
     # lucky (P, n, DRAWS): the paths' scores where only chance tells them apart. pick, by_luck, by_half: the path that the oracle takes
     score, halves, lucky, cost = (torch.stack(t, 1) for t in zip(*map(evidence, tqdm(sequences, desc=task, leave=False))))
     score, halves, lucky = unit * score, unit * halves, unit * lucky
-    pick, by_luck, by_half, change = cheapest(score[:P]), cheapest(lucky), cheapest(halves[:P]), score - score[0]
+    pick = cheapest(score[:P])
+    by_luck = cheapest(lucky)
+    by_half = cheapest(halves[:P])
+    change = score - score[0]
     gain = lambda score, pick: score[:P].gather(0, pick[None])[0] - score[0]
     oracles, luck = shares[pick], shares[by_luck].mean(1)  # of every sequence
-    gap, near = 1 - oracles.mean().item(), (shares - oracles.mean()).abs().argmin()
+    gap = 1 - oracles.mean().item()
+    near = (shares - oracles.mean()).abs().argmin()
     rows = [("oracle", oracles, gain(score, pick)), ("luck alone", luck, gain(lucky, by_luck).mean(1))]
     if text:
         rows += [(f"chosen by one half, scored on {where}", shares[by_half].mean(1), gain(those, by_half).mean(1))
                  for where, those in (("it", halves), ("the other", halves.flip(-1)))]
     rows += [("the nearest path for all", cost[near], change[near]), *zip(others, cost[P:], change[P:])]
     cells = [[name, spread(c, unit=100, form=".1f"), spread(d, form=form)] for name, c, d in rows]
-    at, best = {name: P + n for n, name in enumerate(others)}, {}  # where they are in cost and change
+    at = {name: P + n for n, name in enumerate(others)}  # where they are in cost and change
+    best = {}
     for name, group in groups.items():
         those = [at[member] for member in group]
         most = best[name] = saved(cost[those], change[those]) if those else None

@@ -78,7 +78,8 @@ class Gate(nn.Module):
             nn.init.zeros_(self.adapter[1].weight)
         else:
             first, width = ([nn.Linear(n_embd, WIDTH), nn.SiLU()], WIDTH) if kind == "gate-mlp" else ([], n_embd)
-            self.router, self.adapter = nn.Sequential(*first, nn.Linear(width, 1)), nn.ModuleList()
+            self.router = nn.Sequential(*first, nn.Linear(width, 1))
+            self.adapter = nn.ModuleList()
             nn.init.zeros_(self.router[-1].weight)
         nn.init.constant_(self.router[-1].bias, OPEN)
 
@@ -104,7 +105,10 @@ class Router:
     """
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
-        L, self.kind, self.fingerprint, self.settings = n_layer, kind, fingerprint, settings or {}
+        L = n_layer
+        self.kind = kind
+        self.fingerprint = fingerprint
+        self.settings = settings or {}
         self.size = (n_layer, n_embd, n_hidden)
         self.controls = kind.startswith("gate-")
         self.rows = 1 if self.controls else 2
@@ -113,7 +117,11 @@ class Router:
         self.scale = [1.0] * (self.rows * L)
         for block, gate in zip(self.routed, self.gates):
             self.scale[self.rows * block + (1 if kind == "flexidepth" else 0)] = gate  # FlexiDepth weighs and replaces the MLP
-        self.int4, self.kv, self.states, self.threshold, self.generator = None, "fill", None, 0.0, None
+        self.int4 = None
+        self.kv = "fill"
+        self.states = None
+        self.threshold = 0.0
+        self.generator = None
         count = lambda module: sum(p.numel() for p in module.parameters())
         routers = 0 if kind == "gate-fixed" else sum(count(gate.router) for gate in self.gates)  # fixed: known beforehand
         self.extra = (routers, count(self.gates[0].adapter))
@@ -134,11 +142,13 @@ class Router:
             if self.kind == "flexidepth":
                 self.states[i] = self.states[i - 1]
             return
-        gate, training = self.gates[block - self.routed[0]], self.generator is not None
+        gate = self.gates[block - self.routed[0]]
+        training = self.generator is not None
         shown = torch.zeros_like(x, dtype=torch.float32) if self.kind == "gate-fixed" else normed(x.detach())
         logit = gate.router(shown)[..., 0]  # (B, T)
         self.seen.append(logit)
-        run, gain = logit > self.threshold, None
+        run = logit > self.threshold
+        gain = None
         if self.controls:
             if training:
                 run = torch.rand(run.shape, generator=self.generator).to(run.device) < ((logit - self.threshold) / NOISE).sigmoid()
@@ -171,7 +181,8 @@ def load(path):
     """Read what `Router.save` wrote -> Router. FileNotFoundError or ValueError names the path and the remedy."""
     tensors, meta = read_safetensors(path)
     with refusing(path, "holds no gates that we can use", "train them with train.py --objective flexidepth"):
-        kind, size = meta["router"], [int(n) for n in meta["size"]]
+        kind = meta["router"]
+        size = [int(n) for n in meta["size"]]
         if kind not in KINDS or not all(1 <= n < 2**18 for n in size) or not 4 <= size[0] <= 1000:
             raise ValueError("values out of range")
         with torch.device("meta"):
@@ -225,16 +236,20 @@ def train_gates(policy, model, examples, skip, steps, checkpoint, log):
             group["lr"] = rate * min(1.0, (steps - step) / (0.3 * steps))
         example = examples[int(torch.randint(len(examples), (1,), generator=generator))]
         logp, right = outcomes(model, model.hidden(example.rows, policy), example)
-        ce, keep = F.nll_loss(logp, right), policy.free(example)
+        ce = F.nll_loss(logp, right)
+        keep = policy.free(example)
         over = torch.stack(policy.seen)[:, keep] - policy.threshold  # (gates, tokens)
         if flexidepth:
-            loss, closed = ce + ALPHA * over.sigmoid().sum(0).square().mean(), (over <= 0).float()
+            loss = ce + ALPHA * over.sigmoid().sum(0).square().mean()
+            closed = (over <= 0).float()
             descend(loss, optimizer, parameters.values())
         else:
             with torch.no_grad():
                 full = outcomes(model, model.hidden(example.rows), example)[0]
-            loss, m = kl(full, logp).mean(), torch.stack(policy.on)[:, keep]
-            by_m, closed = torch.stack(torch.autograd.grad(loss, policy.on))[:, keep], 1 - m
+            loss = kl(full, logp).mean()
+            m = torch.stack(policy.on)[:, keep]
+            by_m = torch.stack(torch.autograd.grad(loss, policy.on))[:, keep]
+            closed = 1 - m
             by_logit = straight_through(by_m, over) if policy.kind == "mindskip" else reinmax(by_m, over, m)
             descend((by_logit * over).sum(), optimizer, parameters.values())  # a loss whose gradient by each logit is by_logit
         line = {"step": step, "ce": ce.item(), "loss": loss.item(), "skipped": closed.sum(0).mean().item(), "threshold": policy.threshold}

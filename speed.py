@@ -67,7 +67,8 @@ def transformers_model(c, device):
 
 def transformers_step(theirs, ids, tokens):
     """Median seconds of a decoding step of transformers' own `generate`."""
-    prompt, times = torch.tensor([ids], device=theirs.device), []
+    prompt = torch.tensor([ids], device=theirs.device)
+    times = []
     clock = SimpleNamespace(put=lambda value: times.append(time.perf_counter()), end=lambda: None)  # called with every token as it comes
     theirs.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
                     streamer=clock)
@@ -117,7 +118,8 @@ def gpt_fast(folder, c, device, context, tokens):
 def peers(model, ids, tokens, threads, device):
     """Decoding with transformers in bf16 and, on a CPU, with llama.cpp on its own file, same weights -> {name: f -> median seconds a
     token}; says which of them is not installed."""
-    out, path = {}, fetch_smollm2()
+    out = {}
+    path = fetch_smollm2()
     try:
         theirs = transformers_model(model.config, device)
         theirs.load_state_dict({k: v.bfloat16() for k, v in read_gguf(path)[1].items()}, strict=False)
@@ -158,7 +160,9 @@ def speed(args):
     policy = read_policy(policy_path(args, "lm"), model, True)
     policy.at(2.0)  # out of reach: say so before minutes of timing
     model.quantize(real=True, int4=policy.int4)
-    L, tokens, threads = model.config.n_layer, 128, torch.get_num_threads()
+    L = model.config.n_layer
+    tokens = 128
+    threads = torch.get_num_threads()
     if L < 3:
         raise ValueError(f"{args.model} has {L} blocks; to time a skipped one, give a model of at least 3")
     text = load_text("pydocs", "test")
@@ -193,7 +197,9 @@ def speed(args):
     table = block_times(*blocks, overhead, L)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
-    routed, decisions, own = [], [], policy.horizon
+    routed = []
+    decisions = []
+    own = policy.horizon
     one_ahead = [(1, 2.0)] if own != 1 else []
     for horizon, target in [*((own, s) for s in ASKED), *one_ahead]:
         policy.horizon = horizon
@@ -238,7 +244,8 @@ def speed(args):
 
 
 def speed_tables(r):
-    ms, ratio_of = r["latency_ms"], lambda name: "not compared" if r["ratios"][name] is None else f"{r['ratios'][name]:.2f}"
+    ms = r["latency_ms"]
+    ratio_of = lambda name: "not compared" if r["ratios"][name] is None else f"{r['ratios'][name]:.2f}"
     rows = [[name, goal, ratio_of(name)] for name, goal in
             (("bf16 / transformers bf16", ">= 2.0"), ("INT4 / llama.cpp Q4_1", ">= 1.0"), ("INT8 / bf16", ">= 1.6"), ("INT4 / bf16", ">= 2.4"))]
     for row in r["routed"]:
@@ -284,7 +291,8 @@ def random_model(name, config, device):
     torch.manual_seed(0)
     for key, p in model.named_parameters():
         p.fill_(1.0) if "norm" in key else p.normal_(std=0.02)
-    model.name, model.weights = name, "random weights"
+    model.name = name
+    model.weights = "random weights"
     model.quantize(real=True)
     return model
 
@@ -307,7 +315,8 @@ def speed_of_shape(name, config, device, rounds, bandwidth, checkout, keep, cont
     """Everything that is measured for one shape, a dict for results/ that `keep` is called with as it grows, and a function that gives
     one token's events (`one_token`); checkout: folder of gpt-fast, or None."""
     peer = gpt_fast(checkout, config, device, context, tokens) if checkout else None  # a wrong folder: say so first
-    model, L = random_model(name, config, device), config.n_layer
+    model = random_model(name, config, device)
+    L = config.n_layer
     ids = torch.randint(config.vocab_size, (context,), generator=torch.Generator().manual_seed(1))
     half = with_blocks(model, model.blocks[: L // 2])  # to tell what a token takes besides its blocks
     plain = with_blocks(model, model.blocks)  # its head in bf16, as that of others is
@@ -397,7 +406,10 @@ def one_token(run):
 def speed_gpu(args):
     if not torch.cuda.is_available():
         raise ValueError(f"--suite gpu: PyTorch {torch.__version__} finds no CUDA device here; run it where there is one")
-    device, shapes, events, path = pick_device("cuda"), {}, [], Path(args.results) / "speed-gpu.json"
+    device = pick_device("cuda")
+    shapes = {}
+    events = []
+    path = Path(args.results) / "speed-gpu.json"
     bandwidth = read_bandwidth(device)
     caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step (gpt-fast: mean), {args.rounds} alternating rounds; a random policy with "
                f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, and in bf16 where gpt-fast and "

@@ -50,7 +50,8 @@ def table(args):
 
 def table_cells(rows, metric):
     """A row a method, a column a speedup; a method with one speedup of its own stands in the last column that it reaches."""
-    speedups, unit = sorted({r["target"] for r in rows} - {1.0}), 1 if metric == "perplexity" else 100
+    speedups = sorted({r["target"] for r in rows} - {1.0})
+    unit = 1 if metric == "perplexity" else 100
 
     def cell(r):
         if "missing" in r:
@@ -78,11 +79,13 @@ def only_bits(command, policies):
 
 def paper_tables(key):
     """The paper's numbers for a task, one table a model, or none."""
-    paper, out = read_json(Path(__file__).with_name("paper.json")), []
+    paper = read_json(Path(__file__).with_name("paper.json"))
+    out = []
     for model, tasks in paper["tables"].items():
         if key in tasks:
             full, *rest = tasks[key].items()
-            header, first = [f"the paper's numbers, {model}", *paper["speedups"]], ["full model", full[1], "", ""]
+            header = [f"the paper's numbers, {model}", *paper["speedups"]]
+            first = ["full model", full[1], "", ""]
             out.append(format_table(header, [first, *([method, *values] for method, values in rest)]))
     return out
 
@@ -101,7 +104,9 @@ def frontier(args):
     if task not in TEXTS:
         raise ValueError(f"frontier --task {task}: it measures text; give {', '.join(TEXTS)}")
     model, tokenizer, policies, known, examples = at_hand(args, task, 3)
-    policy, device, size = policies[0], known.samples.device, min(LONG, model.config.block_size)
+    policy = policies[0]
+    device = known.samples.device
+    size = min(LONG, model.config.block_size)
     if known.position_damage is None:
         raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")
     only_bits("frontier", policies)
@@ -116,7 +121,8 @@ def frontier(args):
 
     measure_on = lambda examples: baselines.measured_kl(model, examples, known.scale)
     alone = sensitivities(model, search, known.scale)
-    candidates, judge = baselines.static_candidates(known, alone, measure_on(search), speedups), measure_on(choose)
+    candidates = baselines.static_candidates(known, alone, measure_on(search), speedups)
+    judge = measure_on(choose)
 
     ways = [("full model", None, None), ("all INT8", None, baselines.int8(known, 0)), ("all INT4", None, baselines.int4(known, 0))]
     plans = [baselines.best_static(known, candidates, judge, speedup) for speedup in tqdm(speedups, desc="static plans")]
@@ -181,7 +187,8 @@ def budget(args, policy, task, speedups):
             row = {"text": f"{task}, {n + 1}", "asked": speedup}
             for way in ("fixed", "tracked"):
                 policy.at(speedup, track=way == "tracked")
-                cache, states = KVCache(model, 1, size), []
+                cache = KVCache(model, 1, size)
+                states = []
                 model.hidden(example.rows[:, :READ], policy, cache)
                 for t in tqdm(range(READ, example.rows.shape[1]), desc=f"{row['text']}, {speedup:g}x, {way}", leave=False):
                     model.hidden(example.rows[:, t : t + 1], policy, cache)
@@ -200,7 +207,9 @@ def ablation(args):
     """What single choices are worth: the paper's Table 3, K/V modes, horizons and rewards, the form of a_i (Eq 7), the INT8 head."""
     task = one_text(args)
     model, tokenizer, policies, known, examples = at_hand(args, task, 2 if task in TEXTS else TASKS.get(task, 16))
-    policy, forms, choice = policies[0], baselines.observe(known, model), examples[0].choices is not None
+    policy = policies[0]
+    forms = baselines.observe(known, model)
+    choice = examples[0].choices is not None
     scales = {"none, a_i = 1": [1.0] * known.L, "least squares": forms["least_squares"].tolist(), "norm ratio": forms["norm_ratio"].tolist()}
     of = lambda policy=policy, **change: variant(policy, model, examples, ASKED, **change)
     table = {"naive static skipping": [baselines.static_skip(known, s) for s in ASKED],
@@ -261,11 +270,14 @@ def figures(args):
 
 def figure1(args, model, known, h, similarity, items, what):
     """Blocks that change little, and what skipping them costs."""
-    L, order, unit = known.L, baselines.by_similarity(known), F.normalize(h, dim=-1)
+    L = known.L
+    order = baselines.by_similarity(known)
+    unit = F.normalize(h, dim=-1)
     pairs = torch.stack([(unit * one).sum(-1).mean(1) for one in unit]).cpu()
     counts = range(min(9, L - 1))
     each = [r["each"]["accuracy"] for r in compare(model, items, [baselines.without(known, order[:n]) for n in counts])]
-    right, spans = [sum(e) / len(e) for e in each], [interval(e) for e in each]
+    right = [sum(e) / len(e) for e in each]
+    spans = [interval(e) for e in each]
     beyond = next((i for i in range(1, L + 1) if (similarity.mean(1)[i - 1 :] > 0.9).all()), None)
     cells = [[n, order[n - 1] + 1 if n else "", f"{100 * v:.1f} [{100 * low:.1f}, {100 * high:.1f}]"]
              for n, v, (low, high) in zip(counts, right, spans)]
@@ -278,11 +290,13 @@ def figure1(args, model, known, h, similarity, items, what):
 
 def figure2(args, model, known, rows, similarity, what):
     """Is a token safe to skip where its similarity is high? Next tokens with the most similar tenth of the blocks skipped."""
-    skipped, kind = baselines.by_similarity(known)[: max(1, known.L // 10)], []
+    skipped = baselines.by_similarity(known)[: max(1, known.L // 10)]
+    kind = []
     for row in rows[:, None]:
         ours, theirs = (model(row, p)[0, 1:-1].argmax(-1) for p in (baselines.without(known, skipped), None))
         kind.append(torch.where(ours == theirs, 0, torch.where(ours == row[0, 2:], 2, 1)))
-    kind, of_tokens = torch.cat(kind).cpu(), similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
+    kind = torch.cat(kind).cpu()
+    of_tokens = similarity.view(known.L, len(rows), -1)[:, :, :-1].flatten(1)
     cells, means = [], {}
     for k, name in enumerate(("agrees", "disagrees", "differs, and is right")):
         here = of_tokens[:, kind == k]
@@ -296,7 +310,8 @@ def figure2(args, model, known, rows, similarity, what):
 
 def figure4(args, model, policies, rows, similarity, what):
     """States against similarity at three speeds, and how early in the model a policy dares to skip."""
-    policy, decided = policies[0], similarity[1:].flatten()
+    policy = policies[0]
+    decided = similarity[1:].flatten()
     speedups = [s for s in (2.0, 2.67, 4.0) if policy.prices[0][0] <= s <= policy.prices[-1][0]]
     cells, shares, skip_rate = [], {}, {}
     tenth = decided.argsort().argsort() * 10 // len(decided)

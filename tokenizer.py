@@ -41,7 +41,8 @@ def byte_characters():
 
 def merge(symbols, ranks):
     """BPE: join the adjacent pair of lowest rank, the leftmost first, until no pair has one. symbols: list of text, ranks: pair -> int."""
-    n, parts = len(symbols), list(symbols)
+    n = len(symbols)
+    parts = list(symbols)
     before, after = list(range(-1, n - 1)), list(range(1, n + 1))
     queue = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
     heapq.heapify(queue)
@@ -72,9 +73,19 @@ class Tokenizer:
 
     def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos="", added=None, template=((), ()),
                  normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, of_bytes=True, strip=False):
-        self.vocab, self.special, self.added, self.template = vocab, special, added or {}, template
-        self.eos, self.chat_template, self.bos, self.normalize = tuple(eos), chat_template, bos, normalize
-        self.whole, self.unk, self.fuse_unk, self.of_bytes, self.strip = whole, unk, fuse_unk, of_bytes, strip
+        self.vocab = vocab
+        self.special = special
+        self.added = added or {}
+        self.template = template
+        self.eos = tuple(eos)
+        self.chat_template = chat_template
+        self.bos = bos
+        self.normalize = normalize
+        self.whole = whole
+        self.unk = unk
+        self.fuse_unk = fuse_unk
+        self.of_bytes = of_bytes
+        self.strip = strip
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
@@ -228,7 +239,8 @@ def normalizer_of(steps):
             elif step["type"] == "Replace":
                 text = text.replace(step["pattern"]["String"], step["content"])
             elif step["type"] == "Metaspace":
-                text, scheme = text.replace(" ", "▁"), step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+                text = text.replace(" ", "▁")
+                scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
                 if text[:1] != "▁" and text and (scheme == "always" or (scheme == "first" and first)):
                     text = "▁" + text
             else:
@@ -244,9 +256,11 @@ def template_of(steps):
     for step in steps:
         if step["type"] not in ("ByteLevel", "TemplateProcessing"):
             raise ValueError(f"post-processor {step['type']} is not supported; TemplateProcessing is")
-        single, ids = step.get("single", []), lambda part: step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        single = step.get("single", [])
+        ids = lambda part: step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
         at = next((n for n, part in enumerate(single) if "Sequence" in part), 0)
-        before, after = [i for p in single[:at] for i in ids(p)] + before, after + [i for p in single[at + 1 :] for i in ids(p)]
+        before = [i for p in single[:at] for i in ids(p)] + before
+        after = after + [i for p in single[at + 1 :] for i in ids(p)]
     return before, after
 
 
@@ -265,7 +279,8 @@ def more_ends(folder):
 def tokenizer_from_json(folder):
     """A Hugging Face folder's tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json -> Tokenizer."""
     file, config, jinja = (folder / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
-    data, ends = read_json(file), more_ends(folder)
+    data = read_json(file)
+    ends = more_ends(folder)
     extra = read_json(config) if config.exists() else {}
     with refusing(jinja if jinja.exists() else config, "holds no chat template that we can read", "mend it, or get it anew"):
         template = jinja.read_text(encoding="utf-8") if jinja.exists() else extra.get("chat_template")
