@@ -138,12 +138,12 @@ def main():
         raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
     if args.task and args.command in ("speed", "transfer", "report"):
         raise ValueError(f"--task {args.task}: {args.command} takes none")
-    if args.data_dir and args.task == "lm":
-        raise ValueError(f"--task lm does not come from --data-dir {args.data_dir}: name a task that does, or leave --data-dir out")
     if args.file:
         args.task = args.task or ("mc" if args.file.lower().endswith(".jsonl") else "lm")
         if args.task not in ("lm", "mc") or args.command in ("speed", "transfer", "multitoken", "report"):
             raise ValueError(f"--file {args.file}: {args.command} reads a file for --task lm or mc only")
+    if args.data_dir and (args.task == "lm" or args.file and args.command != "figures"):
+        raise ValueError(f"--data-dir {args.data_dir}: --file and --task lm do not come from there; name a task that does, or leave it out")
     if args.command not in ("eval", "report"):
         make_folder(args.results)  # cannot be written: say so before an hour's work
     commands[args.command](args)

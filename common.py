@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -132,30 +133,35 @@ def read_json(path):
 
 
 class Checkpoint:
-    """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle."""
+    """Everything that the rest of a run depends on, in one safetensors file; written whole, no pickle.
+
+    An older run's file stays until the first checkpoint of a new one takes its place; until then a file besides, with the new run's
+    settings, tells --resume that it is not to go on from there.
+    """
 
     def __init__(self, path, settings, seed, resume):
         self.path = Path(path)
-        self.begun = self.path.with_suffix(".begun")  # while it is there, the checkpoint is an older run's, or none
+        self.begun = self.path.with_suffix(".begun")
         self.settings = dict(settings)
         self.seed = seed
-        self.tensors = {}
         self.meta = {"step": 0}
-        if resume and (self.begun.exists() or not self.path.exists()):
-            print(f"--resume: {path} is not there, or an older run's, so this starts anew", file=sys.stderr)
-        elif resume:
-            self.tensors, self.meta = read_safetensors(path)
-            if self.meta.get("settings") != settings:
-                was = self.meta.get("settings", {})
+        if not resume:
+            write_whole(self.begun, json.dumps(settings).encode())
+        elif not self.path.exists() or (self.begun.exists() and read_json(self.begun) == settings):
+            print(f"--resume: {path} is not there, or an older run's, so what it would hold starts anew", file=sys.stderr)
+        else:
+            self.meta = read_safetensors(path)[1]
+            was = self.meta.get("settings")
+            if type(self.meta.get("step")) is not int or not isinstance(was, dict):
+                raise ValueError(f"{path} is no checkpoint; move it away, or start anew without --resume")
+            if was != settings:
                 other = {k: was.get(k) for k in sorted(was.keys() | settings.keys()) if was.get(k) != settings.get(k)}
                 raise ValueError(f"{path} belongs to a run with other settings ({other}); repeat them, or start anew without --resume")
-            if type(self.meta.get("step")) is not int:
-                raise ValueError(f"{path} is no checkpoint; move it away, or start anew without --resume")
 
-    def begin(self):
-        """Called once nothing can be refused any more: killed before its first checkpoint, a run must not go on from an older one's."""
-        if not self.meta["step"]:
-            write_whole(self.begun, b"")
+    @functools.cached_property
+    def tensors(self):
+        """What `write` was given last; read where it is needed, as it may be gigabytes."""
+        return read_safetensors(self.path)[0]
 
     def write(self, step, tensors, **more):
         write_safetensors(self.path, tensors, step=step, settings=self.settings, **more)

@@ -53,7 +53,7 @@ def lost(row, full):
 def made(there, *policies):
     """How the gates and DASH were trained, for a caption."""
     how = dict.fromkeys(f"{r.kind} {r.settings['steps']} steps on {r.settings['data']}" for r in there)
-    on = dict.fromkeys(policy.settings.get("data") for policy in policies if policy)
+    on = dict.fromkeys(str(policy.settings.get("data")) for policy in policies if policy)
     return f"Gates trained: {', '.join(how)}" + (f", DASH on {', '.join(on)}." if on else ".")
 
 

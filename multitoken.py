@@ -122,7 +122,7 @@ def nats_by_place(model, rows, tau, late, first):
     T = rows.shape[1]
     out = []
     if not tau <= first < T - 1:
-        raise ValueError(f"windows of {T} tokens are too short for cycles of {tau}; give a longer text")
+        raise ValueError(f"windows of {T} tokens are too short, as the first {first + 1} have no place in a cycle of {tau}; give a longer text")
     for some in rows.split(4):
         thought = think(model, some, late)
         total = torch.zeros(tau, len(some), device=rows.device)
@@ -174,10 +174,9 @@ def multitoken(args):
     rows = []
     start = {k: p.clone() for k, p in model.blocks[-late:].state_dict().items()}
     made = lambda tau: decode(model, prompt, tau, NEW, late)
-    made(1)  # too short a context, or too few blocks: say so before any training
+    made(1)  # too short a context or text, or too few blocks: say so before any training
+    nats_by_place(model, test[:1], 1, late, max(TAUS))
     checkpoints = {tau: Checkpoint(folder / f"multitoken-{tau}.safetensors", settings | {"tau": tau}, args.seed, args.resume) for tau in TAUS}
-    for checkpoint in checkpoints.values():
-        checkpoint.begin()
     for tau in TAUS:
         before = nats_by_place(model, test, tau, late, max(TAUS))
         finetune(model, train, tau, late, args.steps, checkpoints[tau])

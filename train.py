@@ -22,7 +22,7 @@ CPU bit for bit; with --train-model also model.safetensors and its checkpoint, b
 
 import hashlib
 import json
-import math
+import os
 import time
 from pathlib import Path
 
@@ -139,18 +139,22 @@ def arguments():
         raise ValueError("--steps and --samples must be at least 1, --horizon at least 0")
     if args.objective != "rl" and (args.start or args.lam != reinforce.LAM or args.beta is not None or args.no_weights):
         raise ValueError("--start, --lam, --beta and --no-weights are for --objective rl")
-    if not all(math.isfinite(v) and v >= 0 for v in (args.lam, args.beta or 0.0)):
-        raise ValueError("--lam and --beta must be 0 or more")
+    if not all(0 <= v < 1e30 for v in (args.lam, args.beta or 0.0)):
+        raise ValueError("--lam and --beta must be 0 or more, and below 1e30")
     if args.data_dir and args.data not in (*CHOICE_TASKS, "wikitext2", "cnn_dm"):
         raise ValueError(f"--data {args.data} does not come from --data-dir: name a data set that does, or leave --data-dir out")
-    reads = [args.data, args.model, f"{args.data_dir}/{args.data}/train.jsonl", *([args.start] if args.start else [])]
-    reads += [f"{args.model}/model.safetensors"] if args.model != "smollm2" else []
+    return args
+
+
+def refuse_own_input(args, base):
+    """ValueError where a run would write over what it reads, or beside it what would be read in its place. base: the untrained model's name."""
+    reads = [args.data, f"{args.data_dir}/{args.data.removesuffix('_5shot')}/train.jsonl", args.model, *([args.start] if args.start else [])]
+    reads += [f"{base}/model.safetensors"] if base != "smollm2" else []
     writes = ["policy.safetensors", "router.safetensors", "checkpoint.safetensors", "train.json", "train.jsonl", "train.png"]
     writes += ["model.safetensors", "base.safetensors"] if args.train_model else []
-    both = {Path(file).resolve() for file in reads} & {(Path(args.out) / name).resolve() for name in writes}
+    both = {os.path.realpath(file) for file in reads} & {os.path.realpath(Path(args.out) / name) for name in writes}
     if both:
-        raise ValueError(f"--out {args.out}: this run would write over {both.pop()}, which it reads; give another --out")
-    return args
+        raise ValueError(f"--out {args.out}: this run would write {both.pop()}, which is, or replaces, what it reads; give another --out")
 
 
 def digest(text):
@@ -201,7 +205,6 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
     observe(known, model)
     routers.begin(policy.to(device), known, args.skip)
-    checkpoint.begin()
     with checkpoint.log(out / "train.jsonl") as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
     routers.calibrate(policy, model, some(2), args.skip)  # late tokens skip more
@@ -220,6 +223,7 @@ def main():
     text = load_text(args.data, "train", args.data_dir)
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
+    refuse_own_input(args, getattr(model, "base", args.model))
     start = Policy.load(args.start) if args.start else None
     if start:
         start.check(model)
@@ -265,14 +269,12 @@ def main():
                 "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
                 "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
+    base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume) if args.train_model else None
 
     found = profile(model, samples)
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     cache_codes(model, pool)
     model.quantize(int4=settings["int4"])
-    checkpoint.begin()
-    if args.train_model and not args.resume:
-        Checkpoint(out / "base.safetensors", settings, args.seed, False).begin()
     wide = {"width": len(start.scorer.first.bias)} if start else {}
     scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide).to(device)
     scorer.mean.copy_(found["mean"].mean(0))
@@ -292,7 +294,6 @@ def main():
     before = []
     if args.train_model:
         before = compare(model, test, [None, policy.at(args.speedup)])
-        base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume)
         reinforce.train_base(model, policy.at(args.speedup), read("train", 10**6, LONG), args.steps, base)
         reinforce.save_base(model, out / "model.safetensors")
         policy.fingerprint = settings["fingerprint"] = model.fingerprint()

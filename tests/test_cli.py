@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, script, tiny_folder
 from model import load
 from policy import Policy
+from reinforce import save_base
 from weights import GGUF
 from test_routing import random_policy
 
@@ -312,6 +313,9 @@ FAULTS = [
     ("a data folder that is none", ["bench.py", "table", "--data-dir", "TMP/none", "--model", "MODEL"], None, "--data-dir"),
     ("a data folder for a file", [*TRAIN, "--data-dir", "TMP"], None, "--data-dir"),
     ("a data folder for the built-in text", ["train.py", "--data-dir", "TMP", "--out", "TMP/o"], None, "--data-dir"),
+    ("a data folder and a file", [*EVAL, 2, "--data-dir", "TMP"], None, "--data-dir"),
+    ("data that is a loop of links", [*TRAIN, "--data", "TMP/loop"], None, "loop"),
+    ("a weight beyond all sense", [*TRAIN, "--objective", "rl", "--lam", 1e300], None, "--lam"),
     ("a data folder for a task that is not there", ["bench.py", "eval", "--task", "lm", "--data-dir", "TMP"], None, "--data-dir"),
     ("a chat template of binary junk", OF_MODEL, lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xe9"), "chat_template.jinja"),
     ("a chat template that is none", OF_MODEL, write("tokenizer_config.json", '{"chat_template": [3]}'), "tokenizer_config.json"),
@@ -330,6 +334,7 @@ def test_fault(tiny, policy_file, some_text, tmp_path, monkeypatch, args, change
     elif change:
         folder = broken(tiny, tmp_path, change)
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "junk.txt").write_bytes(bytes(range(256)))
     (tmp_path / "cut.safetensors").write_bytes(policy_file.read_bytes()[:-999])
     policy = Policy.load(policy_file)
@@ -421,19 +426,23 @@ def test_a_cache_that_cannot_be_written(tiny, some_text, tmp_path):
 
 def test_a_run_does_not_write_over_what_it_reads(tiny, some_text, policy_file, tmp_path):
     """Training data beside a log of the same name, the model's own folder, the policy that it starts from, what a refused run finds there."""
-    items, out = tmp_path / "arc_easy" / "train.jsonl", tmp_path / "out"
+    items, out = tmp_path / "mmlu" / "train.jsonl", tmp_path / "out"
     items.parent.mkdir()
-    items.write_text(json.dumps({"question": "Who sat?", "choices": ["the cat", "the dog"], "answer": 0}) + "\n")
+    for split in ("train", "dev", "test"):
+        line = json.dumps({"question": "Who sat?", "choices": ["the cat", "the dog"], "answer": 0, "subject": "cats"}) + "\n"
+        (items.parent / f"{split}.jsonl").write_text(6 * line)
     shutil.copytree(tiny, tmp_path / "model")
+    save_base(load(str(tmp_path / "model"))[0], tmp_path / "trained.safetensors")
     out.mkdir()
     for name in ("policy", "checkpoint"):
         shutil.copy(policy_file, out / f"{name}.safetensors")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    for args in (["--data", items, "--out", items.parent], ["--data", "arc_easy", "--data-dir", tmp_path, "--out", items.parent],
+    for args in (["--data", items, "--out", items.parent], ["--data", "mmlu_5shot", "--data-dir", tmp_path, "--out", items.parent],
                  ["--data", some_text, "--model", tmp_path / "model", "--train-model", "--out", tmp_path / "model"],
+                 ["--data", some_text, "--model", tmp_path / "trained.safetensors", "--train-model", "--out", tmp_path / "model"],
                  ["--data", some_text, "--objective", "rl", "--start", out / "policy.safetensors", "--out", out]):
         done = script("train.py", "--model", tiny, "--samples", 1, *args)
-        assert done.returncode == 2 and "which it reads; give another --out" in done.stderr, done.stderr
+        assert done.returncode == 2 and "what it reads; give another --out" in done.stderr, done.stderr
     cache = tmp_path / "cache" / "dash"
     cache.mkdir(parents=True)
     train = ["train.py", "--model", tiny, "--data", some_text, "--samples", 1, "--out"]

@@ -142,19 +142,22 @@ def test_resume_says_when_there_is_nothing_to_go_on_with(tiny, some_text, tmp_pa
 def test_a_run_begun_anew_does_not_go_on_from_an_older_one(tmp_path):
     Checkpoint(tmp_path / "c", {}, 0, False).write(3, {})
     assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 3
-    Checkpoint(tmp_path / "c", {}, 0, False)  # refused before it began
-    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 3
-    new = Checkpoint(tmp_path / "c", {}, 0, False)
-    new.begin()  # killed before it wrote its first
-    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 0 and (tmp_path / "c").exists()
-    new.write(1, {})
-    assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == 1 and [f.name for f in tmp_path.iterdir()] == ["c"]
+    for settings, older in (({}, 0), ({"seed": 1}, 3)):  # killed before it wrote its first; the older one can be gone on with if it has other settings
+        new = Checkpoint(tmp_path / "c", settings, 0, False)
+        assert Checkpoint(tmp_path / "c", settings, 0, True).meta["step"] == 0
+        assert Checkpoint(tmp_path / "c", {}, 0, True).meta["step"] == older
+    new.write(1, {"a": torch.ones(1)})
+    again = Checkpoint(tmp_path / "c", {"seed": 1}, 0, True)
+    assert again.meta["step"] == 1 and again.tensors["a"] == 1 and [f.name for f in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(ValueError, match="c belongs to a run with other settings"):
+        Checkpoint(tmp_path / "c", {}, 0, True)
 
 
 def test_what_is_no_checkpoint_or_lacks_its_log_is_refused(tmp_path):
-    write_safetensors(tmp_path / "c", {}, settings={})
-    with pytest.raises(ValueError, match="c is no checkpoint; move it away"):
-        Checkpoint(tmp_path / "c", {}, 0, True)
+    for meta in ({"settings": {}}, {"settings": None, "step": 1}, {"settings": [], "step": 1}):
+        write_safetensors(tmp_path / "c", {}, **meta)
+        with pytest.raises(ValueError, match="c is no checkpoint; move it away"):
+            Checkpoint(tmp_path / "c", {}, 0, True)
     Checkpoint(tmp_path / "c", {}, 0, False).write(2, {})
     log = tmp_path / "train.jsonl"
     for bad in ('{"step": 0}\n', '{"step": 0}\n{"st', '{"step": 1}\n{"step": 2}\n'):
