@@ -2,7 +2,7 @@
 
 A method is a function of what is known (`Known`) and of the speedup it is asked for (in bits). It returns states (L,) for all
 tokens, or what `LLM.forward` takes as a policy, or, where the states depend on the number of tokens, a function of the tokens (B, T)
-that returns one. ValueError where the speedup is out of reach by skipping.
+that returns one (while decoding, what they will be is not known: it gets zeros). ValueError where the speedup is out of reach by skipping.
 
     full, int8, int4   every block as loaded, in INT8, in INT4 (the speedup asked for is ignored; theirs is reported)
     static_skip        the blocks whose input and output are most similar, skipped for every token, unscaled (ShortGPT, arXiv
@@ -361,7 +361,7 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
 
 def for_tokens(policy, tokens):
-    """What `LLM.forward` takes: a policy, which may be an nn.Module, as it is, or what a function of the tokens (B, T) gives."""
+    """What `LLM.forward` takes: a policy, which may be an nn.Module, as it is, or what a function of the tokens (B, T) int64 gives."""
     return policy if policy is None or hasattr(policy, "decide") else policy(tokens)
 
 

@@ -83,7 +83,8 @@ def train(r):
     elif "r_acc" in log[0]:
         x, y, label, title = "step", "r_acc", "R_acc, nats a token", "reward of the sampled states"
     else:
-        x, y, label, title = "step", "loss", "loss", "loss"
+        x = "step"
+        y = label = title = next(key for key in log[0] if key != x)
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")
@@ -169,12 +170,13 @@ def table(r):
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(15 if perplexity else 9, 5, 1 + perplexity)
     for near, axes in enumerate(panels):
-        colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green red blue".split())
+        own = {"int8": "black", "int4": "black", "static_mix": "tab:red", "dash": "tab:blue"}
+        colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green orange".split())
         if not choice:
             axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")
         for method, rows in methods.items():
             alone = method in ("int8", "int4")
-            color = "black" if alone else next(colors)
+            color = own.get(method) or next(colors)
             if near and min(row["value"] for row in rows) > 1.1 * full:
                 continue
             line = "none" if alone or near else "-" if method == "dash" else "--"  # near, a line would join what clocks scattered

@@ -135,8 +135,8 @@ def measured_speedup(model, tokenizer, policy, prompt, rounds):
     """Decoding speed under the policy over that of the full model, batch 1, real kernels: the ratios of alternating pairs of runs of 32
     tokens, or of as many as AdaSkip needs to spend most of them after its warm-up."""
     tokens = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32
-    routed = for_tokens(policy, torch.zeros(1, tokens))
-    if routed is not policy and isinstance(routed, Fixed):  # what it does along a text, all of it on the tokens that are timed
+    routed = for_tokens(policy, torch.zeros(1, tokens, dtype=torch.int64))
+    if routed is not policy and isinstance(routed, Fixed) and routed.given.dim() == 3:  # what it does along a text, all of it on the tokens that are timed
         read = len(tokenizer.encode(prompt, add_special_tokens=True))
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
@@ -179,7 +179,7 @@ def summaries(model, tokenizer, articles, policies):
         for article in articles:
             prompt, chat = summary_prompt(model, tokenizer, article)
             ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
-            routed = for_tokens(policy, torch.zeros(1, len(ids) + SUMMARY))
+            routed = for_tokens(policy, torch.zeros(1, len(ids) + SUMMARY, dtype=torch.int64))
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
             states.append(out["states"])

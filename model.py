@@ -351,8 +351,8 @@ class LLM(nn.Module):
 
         With a cache, the tokens continue it and are appended. With a policy, each token runs each block in the
         state that the policy gives it; `policy.states` (L, B, T) uint8, or (2 L, B, T) where attention and MLP have states of
-        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth, other states, an unknown
-        kv or other INT4 codes; FileNotFoundError where its codes are missing.
+        their own, then says which. ValueError beyond the context or the cache, and for a policy of another depth, other states, of another
+        shape, an unknown kv or other INT4 codes; FileNotFoundError where its codes are missing.
         """
         B, T = tokens.shape
         start = cache.length if cache else 0
@@ -368,6 +368,7 @@ class LLM(nn.Module):
                 raise ValueError(f"a policy's kv is {policy.kv!r}; give fill, copy or none")
             self.quantize_for(policy)
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
+            shape = policy.states.shape
         x = self.embed(tokens).view(B * T, -1)
         rope = self.rope(start, T)
         groups = [(4, None)]
@@ -382,6 +383,8 @@ class LLM(nn.Module):
             row = i * rows
             if policy is not None:
                 policy.decide(row, x.view(B, T, -1), start)
+                if policy.states.shape != shape:
+                    raise ValueError(f"a policy's states are {tuple(policy.states.shape)}, expected {tuple(shape)}: decide writes into the tensor that is there")
                 groups, scale = by_state(policy.states[row]), policy.scale[row]
             if kv == "copy":
                 source = torch.where(policy.states[row].view(-1, 1) > 0, x, source)

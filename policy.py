@@ -131,6 +131,8 @@ class Scorer(nn.Module):
     the distance from s); the network gives the damage's logarithm. Two hidden layers of `width`. Input: h RMS-normalised, standardised
     per channel (`mean`, `std`), clamped to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a
     handful of small operators, however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
+
+    Others use `features`, `of_blocks`, `log_damage`, `q`, and the tensors mean, std and bias; `Policy.load` makes one of the width of a file.
     """
 
     CLAMP, DROPOUT = 5.0, 0.1

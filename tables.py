@@ -13,7 +13,7 @@ import baselines
 from baselines import compare, interval, public, quotient, sensitivities, spread
 from common import by, format_table, read_json
 from data import load_examples, load_text, n_tokens, text_examples, windows
-from evaluate import (ASKED, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy, rouge,
+from evaluate import (ASKED, METRICS, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy, rouge,
                       source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
@@ -58,7 +58,8 @@ def table_cells(rows, metric):
             return "can't reach" if "out of reach" in r["missing"] else "no policy"
         value, low, high = (f"{unit * v:.4g}" for v in (r["value"], *r["interval"]))
         kl = f", {spread(r['each']['kl'], form='.2g')}" if metric == "accuracy" and not r["method"].startswith("full") else ""
-        return f"{value} [{low}, {high}]{kl} ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
+        span = f" [{low}, {high}]" if len(r["each"][METRICS[metric][0]]) > 1 else ""  # one example has none
+        return f"{value}{span}{kl} ({r['speedup']:.2f}x{', %.2fx' % r['measured'] if 'measured' in r else ''})"
 
     cells = []
     for method, those in by(rows, "method").items():
@@ -108,7 +109,7 @@ def frontier(args):
     device = known.samples.device
     size = min(LONG, model.config.block_size)
     if known.position_damage is None:
-        raise ValueError(f"{policy_path(args, task)} has no label means; train it with train.py --objective fisher")
+        raise ValueError(f"{policy_path(args, task)} has no position_damage, which the plan by position goes by; train it again with train.py --objective fisher")
     only_bits("frontier", policies)
     if examples[0].rows.shape[1] <= READ:
         raise ValueError(f"{args.file or task} has {examples[0].rows.shape[1]} tokens; give a text of more than {READ}, which decoding starts from")

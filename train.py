@@ -17,7 +17,7 @@ rewards and comparison alike. `--train-model` goes on to train the base model th
 
 Writes into --out: policy.safetensors (what infer.py and bench.py use), train.json (the table), train.jsonl (a line an epoch
 or step), train.png, and checkpoint.safetensors, from which --resume goes on after a crash and gets to the same policy, on a
-CPU bit for bit; with --train-model also model.safetensors and its checkpoint, base.safetensors.
+CPU bit for bit (checkpoint.begun: until its first is written); with --train-model also model.safetensors and its checkpoint, base.safetensors.
 """
 
 import hashlib
@@ -263,11 +263,13 @@ def main():
     test = read("test", 200 if choice else 4, LONG)
     out = lock_folder(args.out)
     started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
-    steps = args.steps if args.objective == "rl" or args.train_model else None  # nothing else has steps, so --resume need not repeat them
+    steps = args.steps if args.objective != "fisher" or args.train_model else None  # labels have no steps, so --resume need not repeat them
+    with torch.random.fork_rng([]):  # its weights are drawn, and not used
+        seen = Scorer(1, 64).features(9 * torch.eye(2, 64)[None], 3)  # --resume does not compute features again, so they must be the same
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
                 "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
-                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text)}
+                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text), "features": digest(str(seen))}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume) if args.train_model else None
 

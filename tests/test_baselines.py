@@ -316,7 +316,10 @@ class Own(torch.nn.Module):
             self.states[i] = torch.where(x.mean(-1) > 0, 1, 2)
 
 
-@pytest.mark.parametrize("policy", [Own(), lambda tokens: Own()])
+PLANS = torch.tensor([[4, 1, 2, 2], [4, 2, 1, 1]])
+
+
+@pytest.mark.parametrize("policy", [Own(), lambda tokens: Own(), lambda tokens: Fixed([4, 1, 2, 2]), lambda tokens: Fixed(PLANS[tokens % 2].permute(2, 0, 1))])
 def test_a_policy_of_ones_own_is_compared_and_timed(tiny, policy):
     model, tokenizer = load(str(tiny))
     [row] = baselines.compare(model, text_examples(torch.randint(0, 300, (2, 20))), [policy])

@@ -110,6 +110,10 @@ def test_what_has_no_room_or_does_not_fit_is_refused(tiny):
     for depth in (3, 5, 7):
         with pytest.raises(ValueError, match=f"{depth} blocks or halves"):
             model(tokens, Fixed([4] * depth))
+    replaced = Fixed([4] * 4)
+    replaced.decide = lambda i, x, start: setattr(replaced, "states", torch.full((4, 1, 7), 2, dtype=torch.uint8))  # of one sequence
+    with pytest.raises(ValueError, match=r"states are \(4, 1, 7\), expected \(4, 2, 7\)"):
+        model(tokens.expand(2, -1), replaced)
     with pytest.raises(ValueError, match="states are"):
         Fixed([4, 3, 4, 4])
 

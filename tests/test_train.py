@@ -173,9 +173,17 @@ def test_what_is_no_checkpoint_or_lacks_its_log_is_refused(tmp_path):
 def test_a_log_of_ones_own_is_drawn(finished, tmp_path):
     """Another way to learn logs a loss a step; epochs, CE and rewards are those of ours."""
     result = json.loads((finished[0] / "train.json").read_text())
-    result["log"] = [{"step": n, "loss": 1 / (n + 1)} for n in range(5)]
-    (tmp_path / "train.json").write_text(json.dumps(result))
-    assert draw(tmp_path / "train.json").stat().st_size > 5000
+    for key in ("loss", "reward"):
+        result["log"] = [{"step": n, key: 1 / (n + 1)} for n in range(5)]
+        (tmp_path / "train.json").write_text(json.dumps(result))
+        assert draw(tmp_path / "train.json").stat().st_size > 5000
+
+
+def test_resume_notices_another_scorer_s_inputs(tiny, some_text, tmp_path):
+    args = [*arguments(tiny, some_text, tmp_path / "o", "fisher")]
+    assert script("train.py", *args).returncode == 0
+    done = script("__import__('policy').Scorer.CLAMP = 1.0; __import__('train').main()", *args, "--resume")
+    assert done.returncode == 2 and "'features'" in done.stderr, done.stderr
 
 
 def test_scales_by_hand(tiny):
