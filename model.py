@@ -384,7 +384,8 @@ class LLM(nn.Module):
             if policy is not None:
                 policy.decide(row, x.view(B, T, -1), start)
                 if policy.states.shape != shape:
-                    raise ValueError(f"a policy's states are {tuple(policy.states.shape)}, expected {tuple(shape)}: decide writes into the tensor that is there")
+                    raise ValueError(f"a policy's states are {tuple(policy.states.shape)}, expected {tuple(shape)}: decide writes into the tensor "
+                                     "that is there")
                 groups, scale = by_state(policy.states[row]), policy.scale[row]
             if kv == "copy":
                 source = torch.where(policy.states[row].view(-1, 1) > 0, x, source)

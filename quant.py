@@ -439,7 +439,8 @@ TILES = (2, 4, 8)  # of aten's INT4 layout
 ROW_KERNELS = {
     "bf16 compiled": bf16_row, "int8 compiled": int8_row, "int4 compiled": int4_row, "int8 aten": torch._weight_int8pack_mm,
     **{f"int4 aten {t}": lambda x, codes, scale_zero: torch._weight_int4pack_mm(x, codes, GROUP, scale_zero) for t in TILES}}
-CHOSEN = {}  # (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}; also what failed in a block (model.py) or a graph (infer.py)
+# (bits, N, K) -> {"kernel": the fastest, name: microseconds, or why it was left out}; also what failed in a block (model.py) or a graph (infer.py)
+CHOSEN = {}
 
 
 @functools.cache

@@ -109,7 +109,8 @@ def frontier(args):
     device = known.samples.device
     size = min(LONG, model.config.block_size)
     if known.position_damage is None:
-        raise ValueError(f"{policy_path(args, task)} has no position_damage, which the plan by position goes by; train it again with train.py --objective fisher")
+        raise ValueError(f"{policy_path(args, task)} has no position_damage, which the plan by position goes by; train it again with "
+                         "train.py --objective fisher")
     only_bits("frontier", policies)
     if examples[0].rows.shape[1] <= READ:
         raise ValueError(f"{args.file or task} has {examples[0].rows.shape[1]} tokens; give a text of more than {READ}, which decoding starts from")
