@@ -101,8 +101,9 @@ def write_safetensors(path, tensors, **meta):
     write_whole(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"dash": json.dumps(meta)}))
 
 
-def read_safetensors(path, maker="python train.py"):
-    """What `write_safetensors` wrote -> (tensors, meta). Errors name the path, and the command that makes such a file."""
+@contextlib.contextmanager
+def open_safetensors(path, maker="python train.py"):
+    """What `write_safetensors` wrote, open: (file, meta). Errors, of what is read from it too, name the path and the command that makes it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing or not a file; make it with {maker}")
     open(path, "rb").close()  # may not be read: says so itself
@@ -110,6 +111,12 @@ def read_safetensors(path, maker="python train.py"):
         meta = json.loads((f.metadata() or {})["dash"])
         if not isinstance(meta, dict):
             raise ValueError("no settings")
+        yield f, meta
+
+
+def read_safetensors(path, maker="python train.py"):
+    """What `write_safetensors` wrote -> (tensors, meta). Errors as `open_safetensors`."""
+    with open_safetensors(path, maker) as (f, meta):
         return {k: f.get_tensor(k) for k in f.keys()}, meta
 
 
@@ -150,7 +157,8 @@ class Checkpoint:
         elif not self.path.exists() or (self.begun.exists() and read_json(self.begun) == settings):
             print(f"--resume: {path} is not there, or an older run's, so what it would hold starts anew", file=sys.stderr)
         else:
-            self.meta = read_safetensors(path)[1]
+            with open_safetensors(path) as (_, meta):
+                self.meta = meta
             was = self.meta.get("settings")
             if type(self.meta.get("step")) is not int or not isinstance(was, dict):
                 raise ValueError(f"{path} is no checkpoint; move it away, or start anew without --resume")
@@ -253,6 +261,13 @@ def seed(text):
     return int(text)
 
 
+def folder(text):
+    """What --data-dir takes: a folder that is there, or nothing (which `Parser` refuses)."""
+    if text and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder; give one that is there")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line, not the usage text."""
 
@@ -264,18 +279,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self):
         args = super().parse_args()
-        for name, value in vars(args).items():  # as a script passes what it did not set
-            if name != "prompt" and "" in (value if isinstance(value, list) else [value]):
-                self.error(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
-            if isinstance(value, int) and value > 2**32:
-                self.error(f"--{name.replace('_', '-')} {value}: give a smaller number")
-            try:
-                str(value).encode()
-            except UnicodeEncodeError as e:
-                self.error(f"--{name.replace('_', '-')} is no UTF-8 text (character {e.start}); convert or rename it first")
-        folder = getattr(args, "data_dir", None)
-        if folder and not Path(folder).is_dir():
-            self.error(f"--data-dir {folder} is no folder; give one that is there")
+        for name, given in vars(args).items():
+            option = f"--{name.replace('_', '-')}"
+            for value in given if isinstance(given, list) else [given]:
+                if value == "" and name != "prompt":  # as a script passes what it did not set
+                    self.error(f"{option} is empty; give it a value, or leave it out")
+                if isinstance(value, int) and value > 2**32:
+                    self.error(f"{option} {value}: give a smaller number")
+                try:
+                    str(value).encode()
+                except UnicodeEncodeError as e:
+                    self.error(f"{option} is no UTF-8 text (character {e.start}); convert or rename it first")
         return args
 
     def error(self, message):

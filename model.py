@@ -482,7 +482,7 @@ def load(name="smollm2", device="cpu", dtype=torch.float32, routed=False):
     model.load_state_dict(weights, assign=True)
     if config.tied:
         model.head.weight = model.embed.weight
-    model.name = str(name)
+    model.name = model.base = str(name)
     model.weights = source
     return model.requires_grad_(False).eval(), tokenizer
 
@@ -530,7 +530,6 @@ def load_trained(path, device, dtype, routed):
         if wrong:
             raise ValueError(f"{wrong[0]} is missing or not as the model has it")
         model.load_state_dict(weights, strict=False)
-    model.base = meta["base"]
-    model.name = str(path)
+    model.name = str(path)  # `base` stays that of the weights before any training
     model.weights = f"{model.weights}, trained further"
     return model, tokenizer

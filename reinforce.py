@@ -171,4 +171,4 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
 def save_base(model, path):
     """The trained weights in bf16, with the name of the model that was there before any training: `--model out/model.safetensors` loads both."""
     tensors = {k: t.bfloat16() for k, t in model.state_dict().items() if not (model.config.tied and k == "head.weight")}
-    write_safetensors(path, tensors, base=getattr(model, "base", model.name))
+    write_safetensors(path, tensors, base=model.base)

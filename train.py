@@ -34,7 +34,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
+from common import BEGAN, Checkpoint, Parser, command_line, device_name, folder, lock_folder, pick_device, save_result, sha256
 from data import CHOICE_TASKS, Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -112,7 +112,7 @@ def calibrate_prices(policy, model, examples, targets, goals):
 def arguments():
     p = Parser(__doc__)
     p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
-    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
+    p.add_argument("--data-dir", type=folder, help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to show, and to train for with rl or --train-model; any is served later")
     p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
@@ -223,7 +223,7 @@ def main():
     text = load_text(args.data, "train", args.data_dir)
     load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
     model, tokenizer = load(args.model, device, torch.float32)
-    refuse_own_input(args, getattr(model, "base", args.model))
+    refuse_own_input(args, model.base)
     start = Policy.load(args.start) if args.start else None
     if start:
         start.check(model)
@@ -264,8 +264,9 @@ def main():
     out = lock_folder(args.out)
     started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
     steps = args.steps if args.objective != "fisher" or args.train_model else None  # labels have no steps, so --resume need not repeat them
-    with torch.random.fork_rng([]):  # its weights are drawn, and not used
-        seen = Scorer(1, 64).features(9 * torch.eye(2, 64)[None], 3)  # --resume does not compute features again, so they must be the same
+    wide = {"width": len(start.scorer.first.bias)} if start else {}
+    scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide)
+    seen = scorer.features(9 * torch.eye(2, model.config.n_embd)[None], 3)  # --resume does not compute features again: they must be the same
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
                 "steps": steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
                 "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
@@ -277,8 +278,7 @@ def main():
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
     cache_codes(model, pool)
     model.quantize(int4=settings["int4"])
-    wide = {"width": len(start.scorer.first.bias)} if start else {}
-    scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide).to(device)
+    scorer.to(device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
     log_path = out / "train.jsonl"
