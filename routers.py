@@ -172,9 +172,16 @@ class Router:
         return keep
 
     def save(self, path):
-        """Write the gates whole or not at all, as safetensors. OSError names the path."""
+        """Write the gates whole or not at all, as safetensors. OSError names the path; ValueError for what `load` would refuse."""
+        with refusing(path, "is left as it was: what was learned are no gates", "train with other data or fewer --steps"):
+            self.validate()
         write_safetensors(path, self.gates.state_dict(), router=self.kind, size=self.size, threshold=self.threshold,
                           fingerprint=self.fingerprint, settings=self.settings)
+
+    def validate(self):
+        """ValueError unless all numbers are finite: else the file is damaged, or training went astray."""
+        if not math.isfinite(self.threshold) or not all(t.isfinite().all() for t in self.gates.state_dict().values()):
+            raise ValueError("a value is not finite")
 
 
 def load(path):
@@ -191,8 +198,7 @@ def load(path):
         policy.threshold = float(meta["threshold"])
         if not all(type(policy.settings[key]) is wanted for key, wanted in (("skip", int), ("steps", int), ("data", str))):
             raise ValueError("settings of the wrong kind")
-        if not math.isfinite(policy.threshold) or not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError("a value is not finite")
+        policy.validate()
     return policy
 
 

@@ -180,6 +180,10 @@ def test_files(tiny, tmp_path):
             routers.load(tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match="not a policy"):
         Policy.load(tmp_path / "r.safetensors")
+    policy.gates[0].router[-1].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="r.safetensors is left as it was: .* not finite"):
+        policy.save(tmp_path / "r.safetensors")
+    assert (tmp_path / "r.safetensors").read_bytes() == data
 
 
 @pytest.mark.parametrize("kind", ["flexidepth", "gate-hidden"])
