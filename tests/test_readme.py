@@ -67,10 +67,16 @@ def test_numbers_between_the_tables_are_those_of_results():
         kl_of = {(r["method"], r["target"]): r["kl"] for r in result(f"table-{task}")["rows"] if "kl" in r}
         assert all(kl_of["dash", s] < kl_of["static_mix", s] for s in (1.33, 1.67, 2.0, 2.67, 3.2)), task
     more = lambda target: 100 * (next(r["value"] for r in short if r["method"] == "dash" and r["target"] == target) / short[0]["value"] - 1)
+    clock = lambda method, target: next(r["measured"] for r in short if (r["method"], r["target"]) == (method, target))
+    ahead_of = lambda machine: next(row["measured"] for row in machine["routed"] if row["horizon"] == 1)
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
+                 f"perplexity rises by {goal(2)}% at 2.7x.",
+                 f"One block ahead the decisions cost more: {ahead_of(fast):.2f}x, and {ahead_of(slow):.2f}x with AVX2.",
+                 "2.67x and 3.2x decodes {:.2f}x and {:.2f}x as fast, all INT4 {:.2f}x.".format(
+                     clock("dash", 2.67), clock("dash", 3.2), clock("int4", 1.0)),
                  f"asked for 2x decodes {dash[2.0]['measured']:.2f}x as fast as bf16, and plain INT8 {fast['ratios']['INT8 / bf16']:.2f}x; INT8 in all blocks but the first has the same KL. "
                  f"With AVX2 alone the two are {next(r['measured'] for r in slow['routed'] if r['horizon'] > 1 and r['speedup_target'] == 2):.2f}x and {slow['ratios']['INT8 / bf16']:.2f}x.",
                  f"all INT4 ({int4['speedup']:.2f}x in bits)",
