@@ -227,7 +227,8 @@ def frontier(r):
     for row in r["rows"][1:3]:
         panels[0].plot(row["speedup"], row["kl"], marker="s", color="black", linestyle="none")
         panels[0].annotate(row["method"], (row["speedup"], row["kl"]), xytext=(8, -14), textcoords="offset points")
-    panels[0].set(ylabel="KL to the full model, nats a token, lower is better", title=f"What is lost, {task_of(r)} test text", yscale="log")
+    panels[0].set(ylabel="KL to the full model, nats a token, lower is better", title=f"What is lost, {r['model']} on {task_of(r)} test text", yscale="log")
+    panels[0].margins(y=0.1)  # room for the words below the lowest square
     panels[1].set(ylabel="ratio of KLs, lower is better", title="The same, divided by the best static plan's at equal cost")
     for axes in panels:
         axes.set(xlabel="speedup in bits")

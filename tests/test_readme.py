@@ -67,12 +67,17 @@ def test_numbers_between_the_tables_are_those_of_results():
         kl_of = {(r["method"], r["target"]): r["kl"] for r in result(f"table-{task}")["rows"] if "kl" in r}
         assert all(kl_of["dash", s] < kl_of["static_mix", s] for s in (1.33, 1.67, 2.0, 2.67, 3.2)), task
     more = lambda target: 100 * (next(r["value"] for r in short if r["method"] == "dash" and r["target"] == target) / short[0]["value"] - 1)
+    qwen, larger = result("frontier-wikitext2-qwen")["rows"], result("speed-cpu-qwen")
+    second = left("dash, horizon 24, seed 0", qwen)
     clock = lambda method, target: next(r["measured"] for r in short if (r["method"], r["target"]) == (method, target))
     ahead_of = lambda machine: next(row["measured"] for row in machine["routed"] if row["horizon"] == 1)
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
+                 f"DASH's KL is {between(second[:4])} of the best static plan's up to 3.2x, and {second[4]:.1f} and {second[5]:.1f} times it at 4.0x and 4.6x (one seed).",
+                 f"is at {', '.join(f'{v:.2f}' for v in second[:4])} of the best static plan's, a plan by position at {between(left('by position', qwen)[:4])}.",
+                 f"With AVX2 alone, asked for 2x, it decodes {larger['routed'][2]['measured']:.2f}x as fast as bf16, plain INT8 {larger['ratios']['INT8 / bf16']:.2f}x.",
                  f"perplexity rises by {goal(2)}% at 2.7x.",
                  f"One block ahead the decisions cost more: {ahead_of(fast):.2f}x, and {ahead_of(slow):.2f}x with AVX2.",
                  "2.67x and 3.2x decodes {:.2f}x and {:.2f}x as fast, all INT4 {:.2f}x.".format(
