@@ -169,8 +169,8 @@ def table(r):
     worth = lambda row: max(row["kl"], 1e-7) if choice else row["value"]
     methods = by([row for row in rows if "missing" not in row], "method")
     figure, panels = canvas(15 if perplexity else 9, 5, 1 + perplexity)
+    own = {"int8": "black", "int4": "black", "static_mix": "tab:red", "dash": "tab:blue"}
     for near, axes in enumerate(panels):
-        own = {"int8": "black", "int4": "black", "static_mix": "tab:red", "dash": "tab:blue"}
         colors = itertools.cycle("tab:" + c for c in "gray olive cyan pink purple brown green orange".split())
         if not choice:
             axes.axhline(full, color="black", linestyle=":", linewidth=1, label="full model")

@@ -50,7 +50,7 @@ def test_numbers_between_the_tables_are_those_of_results():
     lost = [[100 * math.expm1(r["nats"] - frontier[0]["nats"]) for r in frontier if r["method"] == f"dash, horizon 30, seed {seed}"] for seed in range(3)]
     goal = lambda n: between([each[n] for each in lost], ".1f")
     fast, slow = (result(f"speed-cpu{name}") for name in ("-avx512", ""))
-    dash = {row["speedup_target"]: row for row in fast["routed"] if row["horizon"] > 1}
+    routed = lambda machine, ahead=False: next(r["measured"] for r in machine["routed"] if (r["horizon"] == 1) == ahead and r["speedup_target"] == 2)
     shape = result("speed-gpu")["shapes"][0]
     gpu, gained = shape["latency_ms"], [f"{row['measured']:.2f}x" for row in shape["routed"] if row["horizon"] > 1]
     chosen = result("speed-gpu")["kernels"]
@@ -66,24 +66,26 @@ def test_numbers_between_the_tables_are_those_of_results():
     for task in ("arc_easy", "arc_challenge", "mmlu", "mmlu_5shot"):  # "nearer to the full model at every speedup"
         kl_of = {(r["method"], r["target"]): r["kl"] for r in result(f"table-{task}")["rows"] if "kl" in r}
         assert all(kl_of["dash", s] < kl_of["static_mix", s] for s in (1.33, 1.67, 2.0, 2.67, 3.2)), task
-    more = lambda target: 100 * (next(r["value"] for r in short if r["method"] == "dash" and r["target"] == target) / short[0]["value"] - 1)
+    at = lambda method, target: next(r for r in short if (r["method"], r["target"]) == (method, target))
+    more = lambda target: 100 * (at("dash", target)["value"] / short[0]["value"] - 1)
+    oracle = result("oracle-arc_easy")
+    assert result("oracle-wikitext2")["blocks"] == 1  # "On WikiText-2 the oracle skips nothing"
     qwen, larger = result("frontier-wikitext2-qwen")["rows"], result("speed-cpu-qwen")
     second = left("dash, horizon 24, seed 0", qwen)
-    clock = lambda method, target: next(r["measured"] for r in short if (r["method"], r["target"]) == (method, target))
-    ahead_of = lambda machine: next(row["measured"] for row in machine["routed"] if row["horizon"] == 1)
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
                  f"DASH's KL is {between(second[:4])} of the best static plan's up to 3.2x, and {second[4]:.1f} and {second[5]:.1f} times it at 4.0x and 4.6x (one seed).",
                  f"is at {', '.join(f'{v:.2f}' for v in second[:4])} of the best static plan's, a plan by position at {between(left('by position', qwen)[:4])}.",
-                 f"With AVX2 alone, asked for 2x, it decodes {larger['routed'][2]['measured']:.2f}x as fast as bf16, plain INT8 {larger['ratios']['INT8 / bf16']:.2f}x.",
+                 f"With AVX2 alone, asked for 2x, it decodes {routed(larger):.2f}x as fast as bf16, plain INT8 {larger['ratios']['INT8 / bf16']:.2f}x.",
                  f"perplexity rises by {goal(2)}% at 2.7x.",
-                 f"One block ahead the decisions cost more: {ahead_of(fast):.2f}x, and {ahead_of(slow):.2f}x with AVX2.",
+                 f"One block ahead the decisions cost more: {routed(fast, True):.2f}x, and {routed(slow, True):.2f}x with AVX2.",
+                 f"needs {100 * oracle['blocks']:.0f}% of the blocks, and luck alone would need {100 * oracle['luck']:.0f}%",
                  "2.67x and 3.2x decodes {:.2f}x and {:.2f}x as fast, all INT4 {:.2f}x.".format(
-                     clock("dash", 2.67), clock("dash", 3.2), clock("int4", 1.0)),
-                 f"asked for 2x decodes {dash[2.0]['measured']:.2f}x as fast as bf16, and plain INT8 {fast['ratios']['INT8 / bf16']:.2f}x; INT8 in all blocks but the first has the same KL. "
-                 f"With AVX2 alone the two are {next(r['measured'] for r in slow['routed'] if r['horizon'] > 1 and r['speedup_target'] == 2):.2f}x and {slow['ratios']['INT8 / bf16']:.2f}x.",
+                     *(at(*which)["measured"] for which in (("dash", 2.67), ("dash", 3.2), ("int4", 1.0)))),
+                 f"asked for 2x decodes {routed(fast):.2f}x as fast as bf16, and plain INT8 {fast['ratios']['INT8 / bf16']:.2f}x; INT8 in all blocks but the first has the same KL. "
+                 f"With AVX2 alone the two are {routed(slow):.2f}x and {slow['ratios']['INT8 / bf16']:.2f}x.",
                  f"all INT4 ({int4['speedup']:.2f}x in bits)",
                  "INT8 decodes {:.2f}x and INT4 {:.2f}x as fast as our bf16, which is {:.2f} times as fast as gpt-fast and {:.1f} times".format(
                      shape["INT8 / bf16"], shape["INT4 / bf16"], shape["bf16 / gpt-fast"], shape["bf16 / transformers"]),
@@ -115,6 +117,9 @@ def test_the_sample_is_what_infer_printed():
     shown = re.search(r"--show-states\n\n((?: {4}.*\n|\n)+)", TEXTS["README.md"])[1].splitlines()
     printed = (ROOT / "results/infer.txt").read_text(encoding="utf-8").splitlines()
     assert len(shown) > 10 and all(any(line.startswith(said.strip().removesuffix(" ...")) for line in printed) for said in shown)
+    paths = [line.split()[0] for line in printed if re.match(r"[.124]{30} ", line)]
+    cost = sum({".": 0.0625, "1": 1, "2": 2, "4": 4}[s] for path in paths for s in path) / sum(map(len, paths))
+    assert f"the rows alone come to {4 / cost:.1f}x" in TEXTS["README.md"]
 
 
 def test_the_rule_of_ones_own_decodes(tiny, capsys):
