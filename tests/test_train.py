@@ -228,6 +228,32 @@ def test_prices_meet_their_targets(tiny, some_text, horizon):
         assert mean_cost(policy.states, bit_costs(model.config)) == pytest.approx(4 / speedup, rel=0.05)
 
 
+@pytest.mark.parametrize("kls, share", [([[3.0, 4.0], [2.0, 3.0], [2.5, 3.0]], 0.6), ([[3.0, 4.0], [2.9, 4.1], [1.0, 4.1]], 1.0),
+                                         ([[0.0, 0.0]] * 3, 1.0), ([[3.0, 4.0], [4.0, 5.0], [5.0, 6.0]], 1.0)])
+def test_trust_in_skips_is_what_is_surely_better(tiny, some_text, monkeypatch, kls, share):
+    """Every trial costs what INT4 with every fifth block skipped does, and differs in the predicted spread of skips alone."""
+    model, tokenizer = load(str(tiny))
+    policy = random_policy(model, 3, spread=0.5)
+    policy.horizon = 4
+    weight = policy.scorer.third.weight.detach().clone()
+    examples = text_examples(torch.tensor(tokenizer.encode(some_text.read_text()))[:512].view(2, 256))
+    scales = []
+
+    def measured(model, examples, policies):
+        for trial in policies[1:]:
+            costs = [(model.hidden(e.rows, trial), mean_cost(trial.states, bit_costs(model.config)))[1] for e in examples]
+            assert sum(costs) / 2 == pytest.approx((4 + 3 * (0.2 * 0.0625 + 0.8)) / 4, rel=0.05)
+            ratio = trial.scorer.third.weight / weight
+            assert torch.allclose(ratio[1:3], torch.ones(2, 1))
+            scales.append(round(ratio[0].mean().item(), 4))
+        return [None] + [{"each": {"kl": kl}} for kl in kls]
+
+    monkeypatch.setattr(train, "compare", measured)
+    chosen, found = train.trust_skips(policy, model, examples)
+    assert scales == train.TRUST and found == share
+    assert torch.allclose(chosen.scorer.third.weight[0], share * weight[0]) and torch.equal(policy.scorer.third.weight, weight)
+
+
 def test_comparison_numbers(tiny, some_text):
     model, tokenizer = load(str(tiny))
     tokens = torch.tensor(tokenizer.encode(some_text.read_text()))[:96].view(2, 48)
