@@ -76,7 +76,8 @@ def test_numbers_between_the_tables_are_those_of_results():
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
-                 f"DASH's KL is {between(second[:4])} of the best static plan's up to 3.2x, and {second[4]:.1f} and {second[5]:.1f} times it at 4.0x and 4.6x (one seed).",
+                 f"DASH's KL is {between(second[:4])} of the best static plan's up to 3.2x, and {second[4]:.2f} and {second[5]:.2f} times it at 4.0x and 4.6x (one seed).",
+                 f"it is {second[4]:.2f} and {second[5]:.2f} times the static plan's, and on SmolLM2 {seeds[0][4]:.2f} and {seeds[0][5]:.2f}:",
                  f"is at {', '.join(f'{v:.2f}' for v in second[:4])} of the best static plan's, a plan by position at {between(left('by position', qwen)[:4])}.",
                  f"With AVX2 alone, asked for 2x, it decodes {routed(larger):.2f}x as fast as bf16, plain INT8 {larger['ratios']['INT8 / bf16']:.2f}x.",
                  f"perplexity rises by {goal(2)}% at 2.7x.",
