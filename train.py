@@ -6,8 +6,8 @@
     3  learn       what damage each (token, block, state) does, and a scorer that predicts it from the hidden state:
                    --objective fisher   labels from gradients of the full model (ours; the default; fisher.py)
                    --objective rl       the paper's policy gradient (Eq 11-17), started from static sensitivities (reinforce.py)
-                   how far a token's own prediction of what a skip does is to be trusted (`trust_skips`; fisher only)
-    4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4.5
+    4  price       the mu of `argmax q - mu cost` for every speedup between 1.2 and 4.5; before that, of fisher, how far a token's own
+                   prediction of what a skip does is to be trusted (`trust_skips`)
     5  compare     on held-out text or items: full model, DASH, static, all INT8, random states
 
     --objective flexidepth | mindskip | gate-hidden | gate-fixed | gate-mlp   trains the gates of routers.py instead, with --skip blocks
@@ -120,15 +120,15 @@ def trust_skips(policy, model, examples):
     goal = (4 + (L - 1) * (0.2 * skip + 0.8 * int4)) / L
     trials = []
     for share in TRUST:
-        trial = copy.copy(policy)
-        trial.scorer = copy.deepcopy(policy.scorer)
+        trial = copy.deepcopy(policy)
         trial.scorer.third.weight.data[0] *= share
         calibrate_prices(trial, model, examples, [4 / goal], [goal])
         trials.append(trial.at(4 / goal))
     kls = [row["each"]["kl"] for row in compare(model, examples, [None, *trials])[1:]]
     best = min(range(len(TRUST)), key=lambda n: sum(kls[n]))
-    if best and not quotient(kls[best], kls[0])[1][1] < 1:
-        best = 0
+    if best:
+        _, (_, high) = quotient(kls[best], kls[0])
+        best = best if high < 1 else 0
     return trials[best], TRUST[best]
 
 
