@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 
 from charts import draw
-from common import Parser, command_line, folder, make_folder, pick_device, read_json, write_whole
+from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, one_text, policy_path, rank
 from field import controllers, depth, kv, retain
@@ -113,23 +113,23 @@ def main():
                    help="lm reads --file, or held-out pydocs without it; default: for a .jsonl mc, of table, oracle and retain all "
                    "there are, of figures arc_easy, else wikitext2 with --data-dir, or lm")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
-    p.add_argument("--data-dir", type=folder, help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
-    p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (baselines.py)")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at")
+    p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
+    p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (%(default)s; baselines.py)")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at (%(default)s)")
     p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval, table: keys and values of skipped tokens; default the method's own")
-    p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py; {task} in it stands for the task's name")
+    p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py (%(default)s); {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
     p.add_argument("--limit", type=int, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, "
                    "100 items, 8 articles")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
-    p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn")
-    p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle")
-    p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints")
+    p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn (%(default)s)")
+    p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle (%(default)s)")
+    p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints (%(default)s)")
     p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
     p.add_argument("--gpt-fast", metavar="DIR", help="speed --suite gpu: a checkout of gpt-fast (32971d3) to compare with; its model.py is run")
-    p.add_argument("--results", default="results", help="folder to write into")
+    p.add_argument("--results", default="results", help="folder to write into (%(default)s)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     args = p.parse_args()
     if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:

@@ -30,12 +30,9 @@ def canvas(width, height, columns=1, rows=1):
 def draw(file):
     """results/NAME.json -> NAME.png beside it, whole or not at all; the path, or None where there is nothing to draw."""
     chart = CHARTS.get(Path(file).stem.split("-")[0])
-    path = Path(file).with_suffix(".png")
-    buffer = io.BytesIO()
-    if chart is None:
-        return None
+    path, buffer = Path(file).with_suffix(".png"), io.BytesIO()
     with refusing(file, "lacks what its picture shows", "make it again with the command that it names"):
-        figure = chart(read_json(file))
+        figure = chart and chart(read_json(file))
     if figure is None:
         return None
     figure.savefig(buffer, format="png", dpi=110, metadata={"Source": sha256(file)})
@@ -60,7 +57,8 @@ def shares(axes, places, each, **labels):
 
 def error(values, spans):
     """What matplotlib wants for intervals (low, high) around values."""
-    return [[max(0, pair) for pair in side] for side in zip(*((v - low, high - v) for v, (low, high) in zip(values, spans)))]
+    lows, highs = zip(*spans)
+    return [[max(0, v - low) for v, low in zip(values, lows)], [max(0, high - v) for v, high in zip(values, highs)]]
 
 
 def kl_error(rows):
@@ -76,15 +74,10 @@ def train(r):
     figure, (a, b, c) = canvas(15, 4, 3)
     log = r["log"]
     rows = r["rows"]
-    if "epoch" in log[0]:
-        x, y, label, title = "epoch", "loss", "loss of the fit", "fit to Fisher labels"
-    elif "ce" in log[0]:
-        x, y, label, title = "step", "ce", "CE, nats a token", "cross-entropy of the gated model"
-    elif "r_acc" in log[0]:
-        x, y, label, title = "step", "r_acc", "R_acc, nats a token", "reward of the sampled states"
-    else:
-        x = "step"
-        y = label = title = next(key for key in log[0] if key != x)
+    ours = (("epoch", "loss", "loss of the fit", "fit to Fisher labels"), ("step", "ce", "CE, nats a token", "cross-entropy of the gated model"),
+            ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
+    own = "step", *[next(key for key in log[0] if key != "step")] * 3
+    x, y, label, title = next((kind for kind in ours if {*kind[:2]} <= log[0].keys()), own)
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")
@@ -339,28 +332,27 @@ def oracle(r):
     return figure
 
 
-def controllers(r):
-    figure, [axes] = canvas(8, 4)
-    asked, methods = list(by(r["rows"], "asked")), by(r["rows"], "method")
-    for n, (method, those) in enumerate(methods.items()):
-        axes.bar([asked.index(row["asked"]) + 0.8 * n / len(methods) for row in those], [row["kl"] for row in those], 0.8 / len(methods),
-                 label=method, yerr=kl_error(those), capsize=3)
-    axes.set_xticks([i + 0.4 - 0.4 / len(methods) for i in range(len(asked))], [f"{n} blocks skipped" for n in asked])
-    axes.set(ylabel="KL to the full model, nats a token", title=f"Skip controllers, {task_of(r)}")
-    axes.legend(**BESIDE)
+def bars(r, size, place, series, name, title, **legend):
+    """KL as bars, a group for each value of `place`, a colour for each of `series`; name: of a group and of a colour, by what the rows say."""
+    figure, [axes] = canvas(*size)
+    places, groups = list(by(r["rows"], place)), by(r["rows"], series)
+    width = 0.8 / len(groups)
+    for n, (one, rows) in enumerate(groups.items()):
+        axes.bar([places.index(row[place]) + n * width for row in rows], [row["kl"] for row in rows], width, yerr=kl_error(rows),
+                 capsize=3, label=name(one))
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(places))], map(name, places))
+    axes.set(ylabel="KL to the full model, nats a token", title=f"{title}, {task_of(r)}")
+    axes.legend(**legend)
     return figure
+
+
+def controllers(r):
+    return bars(r, (8, 4), "asked", "method", lambda v: f"{v} blocks skipped" if isinstance(v, int) else v, "Skip controllers", **BESIDE)
 
 
 def kv(r):
-    figure, [axes] = canvas(8, 3.8)
-    names = list(by(r["rows"], "method"))
-    for n, (mode, rows) in enumerate(by(r["rows"], "kv").items()):
-        axes.bar([i + 0.4 * n for i in range(len(rows))], [row["kl"] for row in rows], 0.4, yerr=kl_error(rows), capsize=3,
-                 label={"fill": "filled, in INT4"}.get(mode, mode))
-    axes.set_xticks([i + 0.2 for i in range(len(names))], [name.replace(", ", "\n") for name in names])
-    axes.set(ylabel="KL to the full model, nats a token", title=f"Keys and values of skipped tokens, {task_of(r)}")
-    axes.legend()
-    return figure
+    name = lambda v: {"fill": "filled, in INT4"}.get(v, v.replace(", ", "\n"))
+    return bars(r, (8, 3.8), "method", "kv", name, "Keys and values of skipped tokens")
 
 
 def depth(r):

@@ -16,6 +16,7 @@ Multiple choice is scored by the likelihood of each choice after the question, w
 (Gao et al., EleutherAI). Training and calibration read "train", reports read "test". Nothing is trained on what it is tested on.
 """
 
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ HUB = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"), "cnn_dm": ("ab
 
 
 def hub_rows(name, split):
-    """A data set of `HUB` -> its rows, a list of dicts. ValueError or OSError names pyarrow or --data-dir as the remedy."""
+    """A data set of `HUB` -> yields its rows, dicts. ValueError or OSError names pyarrow or --data-dir as the remedy."""
     repo, part = HUB[name]
     remedy = f"or give --data-dir DIR with DIR/{name}/{split}.{'txt' if name == 'wikitext2' else 'jsonl'}"
     try:
@@ -44,7 +45,9 @@ def hub_rows(name, split):
         found = sorted(hub_snapshot(repo, [files], "dataset").glob(files))
         if not found:
             raise FileNotFoundError(f"{repo} has no {files}")
-        return [row for file in found for row in parquet.read_table(file).to_pylist()]
+        for file in found:
+            for batch in parquet.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
     except (ValueError, OSError, ArrowException) as e:
         raise OSError(f"{name}: {str(e).splitlines()[0]}; {remedy}") from None
 
@@ -127,7 +130,7 @@ def load_text(name, split, data_dir=None, choice=None):
         parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "cnn_dm":
-        articles = load_articles(split, data_dir)[:2000]  # the hub has 287,000 to train on, gigabytes for a few windows
+        articles = load_articles(split, data_dir, 2000)  # the hub has 287,000 to train on, gigabytes for a few windows
         return "\n\n".join(f"{a['article']}\n\nTL;DR: {a['highlights']}" for a in articles)
     if name == "wikitext2":
         if data_dir is None:
@@ -184,10 +187,10 @@ def load_items(name, split, data_dir=None):
     return items[:cut] if split == "train" else items[cut:]
 
 
-def load_articles(split, data_dir=None):
-    """Articles of cnn_dm, from data_dir or the hub: [{"id", "article", "highlights"}]. Errors name path and line."""
+def load_articles(split, data_dir=None, most=None):
+    """The first `most` articles of cnn_dm, or all, from data_dir or the hub: [{"id", "article", "highlights"}]. Errors name path and line."""
     rows = []
-    for place, row in rows_of("cnn_dm", split, data_dir):
+    for place, row in itertools.islice(rows_of("cnn_dm", split, data_dir), most):
         if not all(isinstance(row.get(k), str) and row[k].strip() for k in ("id", "article", "highlights")):
             raise ValueError(f"{place}: expected {{id, article, highlights}}, all text and none empty")
         rows.append(row)
@@ -265,10 +268,10 @@ def item_examples(tokenizer, items, longest, device):
     out = []
     for item in items:
         context, choices = question(item)
-        start = len(tokenizer.encode(context, add_special_tokens=True))
+        start = len(tokenizer.encode_prompt(context))
         rows, spans = [], []
         for choice in choices:
-            ids = tokenizer.encode(context + choice, add_special_tokens=True)
+            ids = tokenizer.encode_prompt(context + choice)
             if len(ids) <= start:  # a sum over nothing would be the likeliest of all
                 raise ValueError(f"{item['place']}: the choice {choice[1:]!r} adds no token, so it has no likelihood")
             cut = max(0, len(ids) - 1 - longest)  # as the harness does, a question that is too long loses its beginning
@@ -301,7 +304,7 @@ def windows(tokenizer, text, n, size, where="the text", spread=False):
 
     A text shorter than one window gives one shorter window; ValueError when it has fewer than two tokens.
     """
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=True))
+    ids = torch.tensor(tokenizer.encode_prompt(text))
     if len(ids) < 2:
         raise ValueError(f"{where} has {len(ids)} tokens, at least 2 are needed")
     if len(ids) < size:

@@ -137,7 +137,7 @@ def measured_speedup(model, tokenizer, policy, prompt, rounds):
     tokens = 5 * baselines.AdaSkip.WARMUP if isinstance(policy, baselines.AdaSkip) else 32
     routed = for_tokens(policy, torch.zeros(1, tokens, dtype=torch.int64))
     if routed is not policy and isinstance(routed, Fixed) and routed.given.dim() == 3:  # what it does along a text, all of it on the tokens that are timed
-        read = len(tokenizer.encode(prompt, add_special_tokens=True))
+        read = len(tokenizer.encode_prompt(prompt))
         routed.given = torch.cat([routed.given[..., :1].expand(-1, -1, read), routed.given], -1)
     eager = not has_graphs(model, routed)  # then the full model goes without its CUDA graphs too
     speed = lambda p: generate(model, tokenizer, prompt, p, tokens, eager=eager, ignore_eos=True)["tokens_per_second"]
@@ -178,7 +178,7 @@ def summaries(model, tokenizer, articles, policies):
         each, states = [], []
         for article in articles:
             prompt, chat = summary_prompt(model, tokenizer, article)
-            ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
+            ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode_prompt(prompt)
             routed = for_tokens(policy, torch.zeros(1, len(ids) + SUMMARY, dtype=torch.int64))
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
@@ -293,11 +293,13 @@ def rank(args, task, asked, default, timed=True, priced=False):
     return metric, rows, model, {"n": len(examples), "tokens": tokens, "int4": int4 or "nearest", "policy": path}
 
 
-def publish(args, name, model, **content):
-    """Write results/NAME.json and, where charts.py has one, its picture; print the table."""
+def publish(args, name, model, quiet=False, **content):
+    """Write results/NAME.json and, where charts.py has one, its picture; print the table, unless `quiet`."""
     path = Path(args.results) / f"{name}.json"
     save_result(path, model, args.seed, **content)
     picture = draw(path)
+    if quiet:
+        return
     print(f"{content['caption']}\n\n{content['markdown']}\n\nwrote {path}{f' and {picture.name}' if picture else ''}\n", flush=True)
     if args.json:
         print(json.dumps(read_json(path)), flush=True)

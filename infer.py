@@ -367,7 +367,7 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs; ignore_eos: go on after an end token.
     ValueError for an empty prompt, one that leaves no room in the context, max_new_tokens below 1, and logits that are not finite.
     """
-    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt, add_special_tokens=True)
+    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode_prompt(prompt)
     room = model.config.block_size - len(ids)
     if not prompt or not ids:
         raise ValueError("the prompt is empty; give at least one character that the tokenizer knows")
@@ -417,6 +417,8 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
                 came = time.perf_counter()
         if last:
             break
+    if on_token and (rest := decoder.decode(b"", final=True)):  # an end token came within a character
+        on_token(token, rest, states[:, -1])
     if engine:
         engine.wait()
     states = torch.cat(ran, 1)
@@ -453,10 +455,10 @@ def arguments():
     p = Parser(__doc__)
     p.add_argument("--prompt", default="The Python programming language is", help="text to continue")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's message; use the model's chat template")
-    p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup in what the policy counts, bits or time; any for which it has a price")
+    p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py (%(default)s)")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup in what the policy counts, bits or time (%(default)s); any for which it has a price")
     p.add_argument("--full", action="store_true", help="no policy: every block as loaded")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add to the prompt")
+    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add to the prompt (%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--sync", action="store_true", help="on a GPU: decide on the stream that runs the blocks, not beside it")
     p.add_argument("--show-states", action="store_true", help="colour tokens by cost and draw the path of each")

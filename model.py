@@ -207,18 +207,17 @@ class Block(nn.Module):
     def mlp(self, s, h):
         return self.down(self.gate_up(h, s, norm=self.norm2, glu=True), s, residual=h)
 
-    def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
+    def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None, fill=True):
         """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
         c = self.c
         executed = [group for group in groups if group[0]]
-        if not executed and (cache is None or seen is not None):  # no keys and values, or nobody who may ask for them
-            return skip(scale, x)
         source = x if source is None else source
         if not executed:
-            k, v = self.qkv(source, "fill", norm=self.norm1).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
-            cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
+            if cache is not None and fill:  # else nobody may ask for keys and values
+                k, v = self.qkv(source, "fill", norm=self.norm1).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
+                cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
             return skip(scale, x)
-        qkv = run(groups if seen is None else executed, self.project, self.q_size + 2 * self.kv_size, source)
+        qkv = run(groups if fill else executed, self.project, self.q_size + 2 * self.kv_size, source)
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
         if c.qk_norm:
@@ -234,15 +233,15 @@ class Block(nn.Module):
         # `forward` leaves `scale` at 1: attention_half has scaled a skipped block
         return run(groups, lambda s, h: self.mlp(s, h) if s else skip(scale, h), h.shape[1], h)
 
-    def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None):
+    def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None, fill=True):
         """Run block i with every token in its state.
 
         x (B * T, C) rows; groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
         positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours. source (B * T, C): what skipped tokens make their
-        keys and values of, x if None; seen (B, 1, 1, S) bool: which of all S positions may be attended to, and then skipped tokens
-        make none. Returns (B * T, C).
+        keys and values of, x if None; seen (B, 1, 1, S) bool: which of all S positions may be attended to, all if None; fill: whether
+        skipped tokens make keys and values. Returns (B * T, C).
         """
-        h = self.attention_half(x, B, groups, scale, rope, cache, i, source, seen)
+        h = self.attention_half(x, B, groups, scale, rope, cache, i, source, seen, fill)
         return self.mlp_half(h, groups) if any(s for s, _ in groups) else h  # all skipped: attention_half has scaled them
 
 
@@ -368,37 +367,40 @@ class LLM(nn.Module):
                 raise ValueError(f"a policy's kv is {policy.kv!r}; give fill, copy or none")
             self.quantize_for(policy)
             policy.states = torch.full((len(policy.scale), B, T), 4, dtype=torch.uint8, device=tokens.device)
-            shape = policy.states.shape
+
+        def decided(row):
+            """How a block, or a half, is to run its input x: (groups, scale)."""
+            if policy is None:
+                return [(4, None)], 1.0
+            policy.decide(row, x.view(B, T, -1), start)
+            found, shape = tuple(policy.states.shape), (len(policy.scale), B, T)
+            if found != shape:
+                raise ValueError(f"a policy's states are {found}, expected {shape}: decide writes into the tensor that is there")
+            return by_state(policy.states[row]), policy.scale[row]
+
         x = self.embed(tokens).view(B * T, -1)
         rope = self.rope(start, T)
-        groups = [(4, None)]
-        scale = 1.0
         rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
         # kv (policy.py) "copy" needs each token's input to the last block that it ran, `source`. "none" leaves holes, which stay in the cache, so
         # whoever continues it looks too: `seen` (B, 1, 1, S) says which positions have keys and values
         source = x if kv == "copy" else None
-        holes = kv == "none" or (cache is not None and cache.written is not None)
+        fill = kv != "none"
+        holes = not fill or (cache is not None and cache.written is not None)
         seen = None
         for i, block in enumerate(self.blocks):
             row = i * rows
-            if policy is not None:
-                policy.decide(row, x.view(B, T, -1), start)
-                if policy.states.shape != shape:
-                    raise ValueError(f"a policy's states are {tuple(policy.states.shape)}, expected {tuple(shape)}: decide writes into the tensor "
-                                     "that is there")
-                groups, scale = by_state(policy.states[row]), policy.scale[row]
+            groups, scale = decided(row)
             if kv == "copy":
                 source = torch.where(policy.states[row].view(-1, 1) > 0, x, source)
             if holes:
-                ran = policy is None or policy.states[row] > 0
+                ran = fill or policy.states[row] > 0
                 seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
             if rows == 1:
-                x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen))
+                x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen, fill))
             else:
-                x = weigh(scale, x, block.attention_half(x, B, groups, scale, rope, cache, i, source, seen))
-                policy.decide(row + 1, x.view(B, T, -1), start)
-                scale = policy.scale[row + 1]
-                x = weigh(scale, x, block.mlp_half(x, by_state(policy.states[row + 1]), scale))
+                x = weigh(scale, x, block.attention_half(x, B, groups, scale, rope, cache, i, source, seen, fill))
+                groups, scale = decided(row + 1)
+                x = weigh(scale, x, block.mlp_half(x, groups, scale))
         if cache:
             cache.length += T
         return self.norm(x).view(B, T, -1)

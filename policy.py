@@ -268,7 +268,8 @@ def random_states(shape, cost, costs, generator):
     if rest < values[1]:  # skips, but not of the last block
         rest = (cost * L - 4 - values[1]) / max(L - 2, 1)
     below = max(k for k in range(3) if k == 0 or values[k] <= rest)
-    share = (rest - values[below]) / (values[below + 1] - values[below])
+    step = values[below + 1] - values[below]  # 0 where by the clock a skip costs what INT4 does
+    share = (rest - values[below]) / step if step else 1.0
     pick = below + (torch.rand(shape, generator=generator) < share).long()
     pick[-1].clamp_(min=1)
     pick[0] = 3

@@ -5,7 +5,6 @@ Contenders run in turn, round after round, in one process; a figure is the media
 
 import importlib.util
 import inspect
-import json
 import statistics
 import sys
 import tempfile
@@ -16,8 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from charts import draw
-from common import format_table, pick_device, read_json, refusing, save_result
+from common import format_table, pick_device, read_json, refusing
 from data import load_text, text_examples
 from evaluate import ASKED, in_rounds, policy_path, publish, ratio, read_policy
 from infer import Engine, generate
@@ -184,7 +182,6 @@ def speed(args):
         model.rope(5, 1)
         int(model.logits(model.norm(x))[0].argmax())
 
-    alone = lambda: statistics.median(repeat(no_blocks, number=1, repeat=50))
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
     blocks = [total[name] for name in uniform]
     if device.type == "cuda":  # where the full model is one graph, and routed blocks are one each
@@ -193,7 +190,7 @@ def speed(args):
         blocks[0], half_ms = (1000 * statistics.median(v) for v in both.values())
         overhead = beside_blocks(blocks[0], half_ms, L)
     else:
-        overhead = 1000 * statistics.median(alone() for _ in range(args.rounds))
+        overhead = 1000 * statistics.median(statistics.median(repeat(no_blocks, number=1, repeat=50)) for _ in range(args.rounds))
     table = block_times(*blocks, overhead, L)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
@@ -211,7 +208,7 @@ def speed(args):
         if horizon == own:
             decisions += [1000 * (a - b) for a, b in zip(values["routed"], values["known"])]
         routed.append({"horizon": horizon, "speedup_target": target, "cost": policy.settings.get("cost", "bits"),
-                       "speedup_bits": speedup_bits(of_steps, bit_costs(model.config)), "blocks_ms": blocks_ms(of_steps, table),
+                       "speedup_bits": speedup_bits(out["states"], bit_costs(model.config)), "blocks_ms": blocks_ms(of_steps, table),
                        "measured": ratio(values, "full", "routed"), "routed_over_known": ratio(values, "routed", "known")})
     decision = max(0.0, statistics.median(decisions))
     for row in routed:
@@ -275,7 +272,7 @@ SHAPES = {
     "Qwen2.5-7B": Config(n_layer=28, n_head=28, n_kv_head=4, n_embd=3584, head_dim=128, n_hidden=18944, vocab_size=152064,
                          block_size=32768, rope_theta=1e6, norm_eps=1e-6, tied=False, qkv_bias=True)}
 # a tokenizer of nothing but ids
-IDS = SimpleNamespace(encode=lambda ids, **_: list(ids), decode_bytes=lambda ids: b"", eos=())
+IDS = SimpleNamespace(encode_prompt=list, decode_bytes=lambda ids: b"", eos=())
 
 
 @torch.no_grad()
@@ -292,7 +289,6 @@ def random_model(name, config, device):
     for key, p in model.named_parameters():
         p.fill_(1.0) if "norm" in key else p.normal_(std=0.02)
     model.name = name
-    model.weights = "random weights"
     model.quantize(real=True)
     return model
 
@@ -409,28 +405,24 @@ def speed_gpu(args):
     device = pick_device("cuda")
     shapes = {}
     events = []
-    path = Path(args.results) / "speed-gpu.json"
     bandwidth = read_bandwidth(device)
     caption = (f"Batch 1, 512 tokens of context, 64 new ones, median step (gpt-fast: mean), {args.rounds} alternating rounds; a random policy with "
                f"latency prices; memory read at {bandwidth:.0f} GB/s in the same run; our head is in INT8, and in bf16 where gpt-fast and "
                "transformers are compared.")
 
-    def keep(found):  # minutes of work, whatever comes next
+    def keep(found, quiet=True):  # minutes of work, whatever comes next
         shapes[found["name"]] = found
         about = SimpleNamespace(name=" and ".join(shapes), weights="shapes with random weights", fingerprint=lambda: None, device=device)
-        save_result(path, about, args.seed, caption=caption, markdown=gpu_table([*shapes.values()]), bandwidth_gb_s=bandwidth,
-                    shapes=[*shapes.values()], kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
+        publish(args, "speed-gpu", about, quiet=quiet, caption=caption, markdown=gpu_table([*shapes.values()]), bandwidth_gb_s=bandwidth,
+                shapes=[*shapes.values()], kernels={" x ".join(map(str, k)): v for k, v in CHOSEN.items()}, timeline=events)
 
     names = list(SHAPES)[: args.limit]
     for name in names:
         found, trace = speed_of_shape(name, SHAPES[name], device, args.rounds, bandwidth, args.gpt_fast, keep)
         if name == names[-1]:
             events += trace()  # at the very end: a process that was profiled stays slower
-            keep(found)
+            keep(found, quiet=False)
         trace = None  # frees the model
-    print(f"{caption}\n\n{gpu_table([*shapes.values()])}\n\nwrote {path} and {draw(path)}")
-    if args.json:
-        print(json.dumps(read_json(path)))
 
 
 def gpu_table(shapes):

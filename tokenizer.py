@@ -15,6 +15,7 @@ import heapq
 import itertools
 import json
 import unicodedata
+from dataclasses import dataclass, field
 
 import numpy as np
 import regex
@@ -60,37 +61,33 @@ def merge(symbols, ranks):
     return [part for part in parts if part is not None]
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """BPE over bytes (GPT-2, LLaMA-3, Qwen, on tiktoken), or over characters with bytes to fall back on (LLaMA-1 and 2, Mistral).
+    """BPE over bytes (GPT-2, LLaMA-3, Qwen, on tiktoken), or over characters with bytes to fall back on (LLaMA-1 and 2, Mistral)."""
 
-    vocab: token text -> id; merges: pairs in order of rank; special: text -> id; pattern: the pre-tokenisation, a regular
-    expression of pieces that are never joined. eos: ids that end generation; chat_template: jinja text or None; bos: text for it.
-    added: further tokens, text -> id, that are found in any text; ids that `encode` adds if asked: `template`, those before
-    and those after; normalize(text, first): what is done to a text, or to a part between special tokens; whole: a piece that is a
-    token is taken as it is (LLaMA-3's ignore_merges); unk: text of the token for what the vocabulary lacks, or None;
-    of_bytes: the first kind, else the second; strip: whether `decode` takes one leading space away.
-    """
+    vocab: dict  # token text -> id
+    merges: list  # pairs in order of rank
+    special: dict  # text -> id
+    pattern: str  # the pre-tokenisation, a regular expression of pieces that are never joined
+    eos: tuple = ()  # ids that end generation
+    chat_template: str = None  # jinja
+    bos: str = ""  # its text, for the template
+    added: dict = field(default_factory=dict)  # further tokens, text -> id, that are found in any text
+    template: tuple = ((), ())  # ids that `encode` adds if asked, those before and those after
+    normalize: object = lambda text, first: text  # what is done to a text, or to a part between special tokens
+    whole: bool = False  # a piece that is a token is taken as it is (LLaMA-3's ignore_merges)
+    unk: str = None  # text of the token for what the vocabulary lacks
+    fuse_unk: bool = False
+    of_bytes: bool = True  # the first kind, else the second
+    strip: bool = False  # whether `decode` takes one leading space away
 
-    def __init__(self, vocab, merges, special, pattern, eos=(), chat_template=None, bos="", added=None, template=((), ()),
-                 normalize=lambda text, first: text, whole=False, unk=None, fuse_unk=False, of_bytes=True, strip=False):
-        self.vocab = vocab
-        self.special = special
-        self.added = added or {}
-        self.template = template
-        self.eos = tuple(eos)
-        self.chat_template = chat_template
-        self.bos = bos
-        self.normalize = normalize
-        self.whole = whole
-        self.unk = unk
-        self.fuse_unk = fuse_unk
-        self.of_bytes = of_bytes
-        self.strip = strip
-        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+    def __post_init__(self):
+        vocab, special, template, of_bytes = self.vocab, self.special, self.template, self.of_bytes
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(self.merges)}
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
             raise ValueError("a merge makes a token that the vocabulary lacks")
-        self.pattern, self.ids_of = regex.compile(pattern), functools.lru_cache(2**16)(self.encode_piece)
+        self.pieces, self.ids_of = regex.compile(self.pattern), functools.lru_cache(2**16)(self.encode_piece)
         either = lambda texts: regex.compile(f"({'|'.join(map(regex.escape, sorted(texts, key=len, reverse=True)))})") if texts else None
         self.known = self.added | special
         self.added_in, self.special_in = either(self.added), either(self.known)
@@ -102,14 +99,14 @@ class Tokenizer:
             raise ValueError("a token's id is no number from 0 on, or the template adds an id that no token has")
         self.vocab_size = max(self.texts) + 1
         self.eos_text = self.texts.get(self.eos[0], b"").decode() if self.eos else ""  # for templates
-        others = [text for text in vocab if text not in learned and text not in self.table] if whole else []
+        others = [text for text in vocab if text not in learned and text not in self.table] if self.whole else []
         joins = lambda text: any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text)))
         self.bpe = None
         if of_bytes and not any(map(joins, others)):  # tiktoken joins any pair that makes a token: these must not be made
             learned = [*sorted((ch for ch in self.table if ch in vocab), key=vocab.get), *learned, *others]
             self.missing = [b for ch, b in self.table.items() if ch not in vocab]  # tiktoken wants all bytes; these never reach it
             ranks = {key: rank for rank, key in enumerate([*map(self.bytes_of, learned), *(bytes([b]) for b in self.missing)])}
-            self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.bpe = tiktoken.Encoding("bpe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
             self.ids = np.array([vocab[text] for text in learned])
 
     def bytes_of(self, token):
@@ -151,8 +148,12 @@ class Tokenizer:
             if self.bpe and part and spaces < 500_000 and set(part.encode()).isdisjoint(self.missing):
                 ids += self.ids[self.bpe.encode_ordinary(part)].tolist()
             else:
-                ids += [i for piece in self.pattern.finditer(part) for i in self.ids_of(piece[0])]
+                ids += [i for piece in self.pieces.finditer(part) for i in self.ids_of(piece[0])]
         return [*self.template[0], *ids, *self.template[1]] if add_special_tokens else ids
+
+    def encode_prompt(self, text):
+        """Ids of a text that goes on: with the special tokens that the model wants in front of it, without those behind."""
+        return [*self.template[0], *self.encode(text)]
 
     def decode_bytes(self, ids):
         """list of ids -> bytes, as they go on after other text; an id outside the vocabulary gives none."""

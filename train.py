@@ -36,7 +36,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, quotient, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, device_name, folder, lock_folder, pick_device, save_result, sha256
+from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
 from data import CHOICE_TASKS, Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -126,9 +126,8 @@ def trust_skips(policy, model, examples):
         trials.append(trial.at(4 / goal))
     kls = [row["each"]["kl"] for row in compare(model, examples, [None, *trials])[1:]]
     best = min(range(len(TRUST)), key=lambda n: sum(kls[n]))
-    if best:
-        _, (_, high) = quotient(kls[best], kls[0])
-        best = best if high < 1 else 0
+    if best and quotient(kls[best], kls[0])[1][1] >= 1:
+        best = 0
     return trials[best], TRUST[best]
 
 
@@ -138,26 +137,27 @@ def trust_skips(policy, model, examples):
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--data", default="pydocs", help="pydocs, wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
-    p.add_argument("--data-dir", type=folder, help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup to show, and to train for with rl or --train-model; any is served later")
-    p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts; latency needs bench.py speed")
+    p.add_argument("--data", default="pydocs", help="pydocs (the default), wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
+    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
+    p.add_argument("--speedup", type=float, default=2.0, help="speedup to show, and to train for with rl or --train-model (%(default)s); any is served later")
+    p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts: bits (the default) or latency, which needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
-                   help="fisher labels, the paper's policy gradient, or the gates of routers.py")
+                   help="fisher labels (the default), the paper's policy gradient, or the gates of routers.py")
     p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
-    p.add_argument("--samples", type=int, default=12, help="fisher: windows of 1,024 tokens to label")
+    p.add_argument("--samples", type=int, default=12, help="fisher: windows of 1,024 tokens to label (%(default)s)")
     p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (150)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--lam", type=float, default=reinforce.LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
     p.add_argument("--beta", type=float, help="rl: weight of the efficiency reward (Eq 12); default four times the price it starts from")
     p.add_argument("--no-weights", action="store_true", help="rl: w_i = 1 for every block (Eq 14 left out)")
-    p.add_argument("--out", default="out", help="folder to write into")
+    p.add_argument("--out", default="out", help="folder to write into (%(default)s)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = p.parse_args()
     gates = args.objective in routers.KINDS
-    args.steps = args.steps if args.steps is not None else 150 if gates else 40
+    if args.steps is None:
+        args.steps = 150 if gates else 40
     if gates and (args.train_model or args.cost != "bits" or args.horizon is not None):
         raise ValueError("--train-model, --cost and --horizon are for the scorer of --objective fisher or rl")
     if args.skip is not None and not gates:
@@ -224,9 +224,9 @@ def train_routers(args, device, text, model, tokenizer, read, some):
     examples = read("train", 10**6, routers.WINDOW)
     test = read("test", 200 if is_choice(args.data) else 4, LONG)
     out = lock_folder(args.out)
-    settings = {"model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps,
-                "seed": args.seed, "fingerprint": policy.fingerprint, "text": digest(text)}
-    policy.settings = settings
+    settings = policy.settings = {
+        "model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps, "seed": args.seed,
+        "fingerprint": policy.fingerprint, "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
@@ -255,7 +255,6 @@ def main():
     if start:
         start.check(model)
         start.at(args.speedup)  # which the gradient starts from
-    bits = bit_costs(model.config)
     L = model.config.n_layer
     context = model.config.block_size
     choice = is_choice(args.data)
@@ -268,7 +267,7 @@ def main():
     horizon = L if args.horizon is None else min(args.horizon, L)
     if start and (start.horizon != horizon or start.settings.get("cost") != args.cost):
         raise ValueError(f"--start {args.start}: its --horizon or --cost differs ({start.horizon}, {start.settings.get('cost')})")
-    costs, overhead = (bits, (0.0, 0.0)) if args.cost == "bits" else latency_costs(
+    costs, overhead = (bit_costs(model.config), (0.0, 0.0)) if args.cost == "bits" else latency_costs(
         f"results/speed-{device.type}.json", device, model.fingerprint(), horizon)
     targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
     if not targets:

@@ -242,6 +242,8 @@ def test_holes_do_not_break_the_next_request(model):
         assert torch.allclose(model(then, after, cache), want, atol=1e-4)
     cache.length = 0
     assert torch.allclose(model(then, None, cache), model(then), atol=1e-4)
+    cache.length = 0
+    assert torch.allclose(model(first, Fixed(states), cache), model(first, Fixed(states)), atol=1e-4)  # its skipped tokens fill
 
 
 # Ablations

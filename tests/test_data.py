@@ -147,7 +147,7 @@ def test_bad_items_are_named(tmp_path, line, word):
 
 def test_a_long_question_loses_its_beginning():
     """As in lm-evaluation-harness: the choice and as much before it as fits. A choice that does not fit itself is an error."""
-    by_byte = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.encode()))})()
+    by_byte = type("T", (), {"encode_prompt": staticmethod(lambda text: list(text.encode()))})()
     item = {"question": "Where did the cat sit?", "choices": ["mat", "lap of the dog"], "answer": 0, "place": "some.jsonl, line 3"}
     context = len("Question: Where did the cat sit?\nAnswer:")
     [example] = item_examples(by_byte, [item], 20, "cpu")
@@ -255,7 +255,7 @@ def test_what_is_trained_on_and_what_is_tested(tmp_path):
 
 
 def test_windows_from_the_start_or_spread():
-    bytewise = SimpleNamespace(encode=lambda text, **_: list(text.encode()))
+    bytewise = SimpleNamespace(encode_prompt=lambda text: list(text.encode()))
     text = "".join(chr(97 + n) * 4 for n in range(20))
     first = lambda **how: [chr(row[0]) for row in windows(bytewise, text, 3, 4, **how)]
     assert first() == ["a", "b", "c"] and first(spread=True) == ["a", "k", "t"]

@@ -38,6 +38,18 @@ def test_every_end_token_ends_as_in_transformers(tmp_path):
     assert ours == theirs[: len(ours)] and theirs[len(ours)] in ends and len(ours) <= 4
 
 
+def test_what_is_streamed_is_the_text(tmp_path, monkeypatch):
+    """Also where an end token comes within a character."""
+    tiny_folder(tmp_path)
+    model, tokenizer = load(str(tmp_path))
+    made = generate(model, tokenizer, "the cat", None, 12, ignore_eos=True)["tokens"]
+    tokenizer.eos = (next(token for token in made if token != made[0]),)
+    monkeypatch.setattr(tokenizer, "decode_bytes", lambda ids: b"\xe2\x82" * len(ids))
+    streamed = []
+    out = generate(model, tokenizer, "the cat", None, 12, on_token=lambda token, text, states: streamed.append(text))
+    assert out["text"] == "".join(streamed) == "\ufffd" * len(out["tokens"])
+
+
 @torch.no_grad()
 def test_routed_model_with_fake_and_with_packed_weights(smollm2, bf16):
     """The same codes: random states per token, fake weights in bf16 against kernels in bf16, in parallel and one by one."""

@@ -219,6 +219,8 @@ def test_random_states_meet_a_cost():
         states = P.random_states((30, 4, 500), cost, COSTS, g)
         assert P.mean_cost(states, COSTS) == pytest.approx(cost, abs=0.05)
         assert (states[0] == 4).all() and (states[-1] > 0).all() and len(states.unique()) <= 4
+    equal = torch.tensor([1.0, 1.0, 2.0, 4.0])  # by the clock a skip can cost what INT4 does
+    assert P.mean_cost(P.random_states((10, 1, 5), P.mean_cost(torch.tensor([4] + [1] * 9), equal), equal, g), equal) == pytest.approx(1.3)
     assert P.random_states((2, 1, 9), 2.5 - 1e-7, COSTS, g)[1].tolist() == [[1] * 9]  # two blocks have none to skip
 
 

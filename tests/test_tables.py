@@ -186,7 +186,7 @@ def test_accuracy_is_the_harness_acc(made, data):
 
 
 def test_a_choice_without_tokens_is_refused():
-    drops_x = type("T", (), {"encode": staticmethod(lambda text, **_: list(text.replace("x", "").rstrip(" ").encode()))})()
+    drops_x = type("T", (), {"encode_prompt": staticmethod(lambda text: list(text.replace("x", "").rstrip(" ").encode()))})()
     with pytest.raises(ValueError, match="x.jsonl, line 1: .* adds no token"):
         item_examples(drops_x, [{"question": "a", "choices": ["b", "x"], "answer": 0, "place": "x.jsonl, line 1"}], 100, "cpu")
 

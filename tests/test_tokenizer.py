@@ -138,8 +138,9 @@ def of_bytes(kind):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken("<think>", normalized=False)] if kind == "qwen" else [])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|begin|>", "<|end|>")])
-    template = processors.TemplateProcessing("<|begin|> $A", "<|begin|> $A $B", [("<|begin|>", tokenizer.token_to_id("<|begin|>"))])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False)] + [template] * (kind == "llama3"))
+    form = "$A <|end|>" if kind == "qwen" else "<|begin|> $A"
+    template = processors.TemplateProcessing(form, f"{form} $B", [(t, tokenizer.token_to_id(t)) for t in ("<|begin|>", "<|end|>")])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False)] + [template] * (kind != "lacking"))
     return tokenizer
 
 
@@ -176,6 +177,8 @@ def test_small_ids_and_round_trip(small):
         for add in (False, True):
             expected = asked.encode(text, add_special_tokens=add).ids
             assert ours.encode(text, allowed_special="all", add_special_tokens=add) == expected, (kind, text)
+        front = int(kind not in ("qwen", "lacking"))
+        assert ours.encode_prompt(text) == plain.encode(text).ids[:front] + ids, (kind, text)  # what ends a text does not end a prompt
 
 
 def test_small_real_text(small):
