@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, n_tokens, outcomes
-from policy import INDEX_OF, STATE_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
+from policy import STATE_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -201,10 +201,7 @@ class AdaSkip(Fixed):
     tokens reaches the threshold: that of the least similar sublayer skipped from the start."""
 
     WARMUP = 20
-
-    def __init__(self, states, ratio, threshold):
-        super().__init__(states, ratio, kv="none")
-        self.threshold = threshold
+    threshold = 1.0  # `adaskip` lowers it
 
     def decide(self, i, x, start):
         super().decide(i, x, start)
@@ -222,9 +219,8 @@ class AdaSkip(Fixed):
 
 
 def adaskip(known, speedup):
-    states = torch.full((2 * known.L,), 4)
     similarity = known.sublayers.mean(1)
-    policy = AdaSkip(states, known.ratio.tolist(), 1.0)
+    policy = AdaSkip([4] * (2 * known.L), known.ratio.tolist(), kv="none")
     costs = bit_costs(known.config, policy)
     for i in similarity.argsort(descending=True).tolist():
         if mean_cost(policy.given, costs) <= 4 / to_two_digits(speedup) + 1e-6:
@@ -298,7 +294,7 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
     Every run starts at its block, from the full model's hidden states.
     """
     L = len(model.blocks)
-    damage = torch.zeros(len(model.blocks), 4)
+    damage = torch.zeros(L, 4)
     tokens = n_tokens(examples)
     for example in tqdm(examples, desc="sensitivity", leave=False):
         R, T = example.rows.shape
@@ -314,7 +310,7 @@ def sensitivities(model, examples, scale, states=(0, 1, 2)):
         full = predict(L - 1, 4)
         for i in range(1, L):
             for s in [s for s in states if s or i < L - 1]:
-                damage[i, INDEX_OF[s]] += float(kl(full, predict(i, s)).sum()) / tokens
+                damage[i, s] += float(kl(full, predict(i, s)).sum()) / tokens
     return damage
 
 

@@ -50,19 +50,17 @@ class Gates(torch.autograd.Function):
         return slope, torch.stack(dots), None, None, None
 
 
-class Gated:
-    """Stands in for a layer: x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
+def gated(linear, gates):
+    """What stands in for a layer: x -> x W^T with gates (3, n) towards its other states: skip, INT4, INT8."""
 
-    def __init__(self, linear, gates):
-        self.linear, self.gates = linear, gates
-
-    def __call__(self, x):
-        y = F.linear(x, self.linear.weight)
+    def product(x):
+        y = F.linear(x, linear.weight)
         with torch.no_grad():
-            int4, int8 = self.linear.low[1](x) - y, self.linear.low[2](x) - y
-        # a skipped token's keys and values are in INT4
-        fill_from = self.linear.fill_from
-        return Gates.apply(y, self.gates, None if fill_from is None else int4[:, fill_from:], int4, int8)
+            int4, int8 = linear.low[1](x) - y, linear.low[2](x) - y
+        fill = None if linear.fill_from is None else int4[:, linear.fill_from :]  # a skipped token's keys and values are in INT4
+        return Gates.apply(y, gates, fill, int4, int8)
+
+    return product
 
 
 def drawn_slope(model, hidden, example, generator):
@@ -101,7 +99,7 @@ def fisher_labels(model, example, scale, generator):
             x = block(x, R, [(4, None)], 1.0, rope)
             continue
         for linear in block.linears().values():
-            linear.low["gate"] = Gated(linear, gate)
+            linear.low["gate"] = gated(linear, gate)
         y = block(x, R, [("gate", None)], 1.0, rope)
         x = y if i == L - 1 else Gates.apply(y, gate, (scale[i] * x - y).detach(), None, None)
         for linear in block.linears().values():
@@ -124,8 +122,6 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
     device = examples[0].rows.device
     plans = [i for i in range(L) if plan(i, L, horizon)]
     done = checkpoint.meta["step"]
-    if done and "size" not in checkpoint.tensors:
-        raise ValueError(f"{checkpoint.path} has labels of an older version, without size; start anew without --resume")
     parts = [{k: t.to(device) for k, t in checkpoint.tensors.items()}] if done else []
     saved = 0
     for n in tqdm(range(done, len(examples)), desc="fisher labels", initial=done, total=len(examples)):

@@ -188,8 +188,7 @@ def cache_codes(model, tokens):
     def write(path, codes):
         tensors = {}
         for key, (code, scale, zero) in codes.items():
-            tensors |= {key + ".codes": pack_nibbles(code), key + ".width": torch.tensor(code.shape[1]),
-                        key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
+            tensors |= {key + ".codes": pack_nibbles(code), key + ".scale": scale.bfloat16(), key + ".zero": zero.bfloat16()}
         write_safetensors(path, tensors)
 
     some = path.with_suffix(".some")
@@ -209,7 +208,7 @@ def read_codes(path, model, whole=True):
             N, K = linear.weight.shape
             if key + ".codes" not in tensors and not whole:
                 continue
-            code = unpack_nibbles(tensors[key + ".codes"], int(tensors[key + ".width"]))
+            code = unpack_nibbles(tensors[key + ".codes"], K)
             scale, zero = tensors[key + ".scale"].float(), tensors[key + ".zero"].float()
             if code.shape != (N, K) or not all(t.shape == (N, -(-K // GROUP)) and t.isfinite().all() for t in (scale, zero)):
                 raise ValueError(f"{key} has another shape, or values that are not finite")
@@ -326,17 +325,17 @@ class Int8Weight:
         return [self.codes, self.scale]
 
     def __call__(self, x):
+        if self.kernel == "reference":
+            return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
         if self.kernel == "int8pack" and len(x) < MANY:
             return torch._weight_int8pack_mm(x, self.codes, self.scale)
         if self.kernel == "int8 bag" and len(x) < MANY:
             y = bag_row(x, self.codes, self.N) if len(x) == 1 else torch.cat([bag_row(row, self.codes, self.N) for row in x.split(1)])
             return (y * self.scale).to(x.dtype)
-        if self.kernel == "reference":
-            return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
-        if len(x) > 1:
-            codes = bag_codes(self.codes, self.N, self.K) if self.kernel == "int8 bag" else self.codes.to(x.dtype)
-            return (product(x, codes) * self.scale).to(x.dtype)  # codes are exact in bf16; scaling the output is cheaper
-        return row_product(self.kernel, x, self.tensors(), self.N)
+        if len(x) == 1:
+            return row_product(self.kernel, x, self.tensors(), self.N)  # a GPU's
+        codes = bag_codes(self.codes, self.N, self.K) if self.kernel == "int8 bag" else self.codes.to(x.dtype)
+        return (product(x, codes) * self.scale).to(x.dtype)  # codes are exact in bf16; scaling the output is cheaper
 
 
 def pack_nibbles(codes):
@@ -362,7 +361,7 @@ class Int4Weight:
     def __init__(self, codes, scale, zero, dtype):
         N, K = codes.shape
         on_cpu = codes.device.type == "cpu" and dtype == torch.bfloat16
-        self.N, self.width = N, K
+        self.N, self.K = N, K
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
         nibbles = lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]
@@ -386,7 +385,7 @@ class Int4Weight:
         packed, scale_zero = self.codes, self.scale_zero
         if self.nibbles is not None:
             packed, scale_zero = self.nibbles, scale_zero.permute(2, 1, 0).contiguous()  # (2, N, K / GROUP)
-        return dequantize_int4(unpack_nibbles(packed, self.width), *scale_zero)
+        return dequantize_int4(unpack_nibbles(packed, self.K), *scale_zero)
 
     def __call__(self, x):
         if self.kernel == "int4pack":

@@ -84,17 +84,17 @@ def policy_gradient_steps(policy, model, examples, beta, unit, steps, target_cos
     parameters = dict(policy.scorer.named_parameters())
     policy.mu = checkpoint.meta.get("mu", policy.mu)
     policy.generator = generator
+    costed = STATES if policy.settings["cost"] == "bits" else policy.costs  # Eq 15 counts states; by the clock it is what they take
     for step, bar in checkpoint.steps("policy gradient", steps, 5, parameters, optimizer, generator, lambda: {"mu": policy.mu}):
         policy.tau = unit * temperature(step, steps)
         losses, gained, costs = [], [], []
         optimizer.zero_grad()
         for n in torch.randperm(len(examples), generator=generator)[:BATCH].tolist():
             r_acc, states, of_tokens = reward_of(model, examples[n], policy)
-            costed = STATES if policy.settings["cost"] == "bits" else policy.costs
             G = returns(rewards(states, r_acc, beta, costed, policy.settings["weights"]))[1:]
-            advantage = G - leave_one_out(G)
-            deviation = advantage.flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of theirs
-            loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), advantage / deviation, 0.0), ALPHA) / BATCH
+            b = leave_one_out(G)
+            spread = (G - b).flatten(1).std(dim=1)[:, None, None] + 1e-6  # ours: each block's advantages in units of their spread
+            loss = total_loss(0.0, policy_gradient(of_tokens(policy.log_pi()), G / spread, b / spread), ALPHA) / BATCH
             loss.backward()
             losses.append(loss.item())
             gained.append(r_acc.mean().item())
@@ -135,16 +135,12 @@ def learn(scorer, model, examples, few, scale, costs, start, checkpoint, log_pat
 # --train-model: the base learns to bear its states (Eq 17)
 
 
-class Straight:
-    """Stands in for a layer's rounded weight while the base is trained: the weight plus its rounding error, held fixed, so that
-    the gradient passes straight through the rounding (Bengio et al. 2013) to the weight."""
-
-    def __init__(self, linear, low):
-        self.linear = linear
-        self.error = low.weight - linear.weight.detach()[-len(low.weight) :]  # "fill" has k and v alone, the last rows
-
-    def __call__(self, x):
-        return F.linear(x, self.linear.weight[-len(self.error) :] + self.error)
+def straight(linear, low):
+    """What stands in for a layer's rounded weight while the base is trained: a product with the weight plus its rounding error, held
+    fixed, so that the gradient passes straight through the rounding (Bengio et al. 2013) to the weight."""
+    N = len(low.weight)  # "fill" has k and v alone, the last rows
+    error = low.weight - linear.weight.detach()[-N:]
+    return lambda x: F.linear(x, linear.weight[-N:] + error)
 
 
 def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
@@ -152,7 +148,7 @@ def train_base(model, policy, examples, steps, checkpoint, lr=1e-5):
     before, by PG or by Fisher labels). Changes the model in place and takes its rounded weights away; call `quantize` again."""
     linears = model.linears()
     for linear in linears.values():
-        linear.low = {s: Straight(linear, low) for s, low in linear.low.items()}
+        linear.low = {s: straight(linear, low) for s, low in linear.low.items()}
     weights = {name: linear.weight.requires_grad_() for name, linear in linears.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(checkpoint.seed)

@@ -130,9 +130,9 @@ def frontier(args):
     plans = [baselines.best_static(known, candidates, judge, speedup) for speedup in tqdm(speedups, desc="static plans")]
     # A static plan cannot cost exactly what is asked, and a price set on other text does not either: all others cost on this text what the
     # static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
-    found = [(s, p, mean_cost(p.given, baselines.free_skips(costs))) for s, p in zip(speedups, plans)]
     top = most_speedup(known.L, costs)  # of what fills keys and values: a static plan of a small model may go beyond
-    speedups, plans, same = zip(*((s, p, cost) for s, p, cost in found if cost >= 4 / top - 1e-6))
+    same = [mean_cost(plan.given, baselines.free_skips(costs)) for plan in plans]
+    speedups, plans, same = zip(*(kept for kept in zip(speedups, plans, same) if kept[2] >= 4 / top - 1e-6))
     priced = [variant(p, model, examples, speedups, same) for p in policies]
     for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),

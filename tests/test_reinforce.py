@@ -118,4 +118,4 @@ def test_start_goes_on_from_another_policy(model, tmp_path, monkeypatch):
 def test_a_straight_weight_is_the_rounded_one(model):
     linear, x = model.blocks[1].qkv, torch.randn(3, 64)
     for s in (1, 2, "fill"):
-        assert torch.allclose(reinforce.Straight(linear, linear.low[s])(x), linear.low[s](x), atol=1e-4)
+        assert torch.allclose(reinforce.straight(linear, linear.low[s])(x), linear.low[s](x), atol=1e-4)
