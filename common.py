@@ -31,6 +31,7 @@ BEGAN = time.time()  # when the process began, for the seconds in results
 # Files
 
 NO_MEMORY = "can't allocate memory"  # what PyTorch says of a CPU's, in a RuntimeError
+NO_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # and of a GPU's, where it is no OutOfMemoryError
 ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
 
 
@@ -303,13 +304,16 @@ def command_line(main):
             why += "; free some space where the output goes"
         elif getattr(e, "filename", None):  # raised by the system, not by us
             why = f"{e.filename}: {e.strerror}; give another path, or make this one usable"
-    except torch.OutOfMemoryError:
-        why = (f"the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or "
-               "--samples, a shorter --prompt, or --device cpu")
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and NO_MEMORY not in str(e):
+        before = e.__context__  # a capture that lacked memory ends with an error of its own
+        if isinstance(e, torch.OutOfMemoryError) or isinstance(before, torch.OutOfMemoryError) or any(words in str(e) for words in NO_GPU_MEMORY):
+            size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            why = (f"the {size / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or --samples, a shorter --prompt, "
+                   "or --device cpu")
+        elif isinstance(e, MemoryError) or NO_MEMORY in str(e):
+            why = "this machine's memory is full; give a smaller --model, --limit, --samples or --max-new-tokens, or a shorter --prompt"
+        else:
             raise
-        why = "this machine's memory is full; give a smaller --model, --limit, --samples or --max-new-tokens, or a shorter --prompt"
     except KeyboardInterrupt:
         why = "interrupted; what it had written is kept"
         if Path(sys.argv[0]).name == "train.py":
@@ -332,4 +336,5 @@ def pick_device(name):
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
         torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan, 30 ms, for every length of a prompt and of the cache
     return device

@@ -42,21 +42,19 @@ def bucket_of(n):
 
 class Bucket:
     """One block's keys and values (1, slots, 2 n_kv_head, D) as a captured graph sees them: it writes to the slot that the tensor
-    `position` names and reads the first `size` slots as far as the tensor `ends` says (`attend_in_parts`). So one graph serves every token of
-    a bucket, and attention does not read the whole cache."""
+    `position` names and reads the slots as far as the tensor `ends` says (`attend_in_parts`). They are those of a bucket, so one graph serves
+    every token of it, and attention does not read the whole cache."""
 
-    def __init__(self, kv, position, ends, starts, size):
+    def __init__(self, kv, position, ends, starts):
         self.kv = kv
         self.position = position
         self.ends = ends
         self.starts = starts
-        self.size = size
 
     def store(self, k, v, i):
         """As KVCache.store, for one token; the third thing returned is `Block.attend`'s mask."""
         self.kv.index_copy_(1, self.position, torch.cat([k, v], 2))
-        parts = self.size // CHUNK
-        return *self.kv[:, : self.size].chunk(2, dim=2), (self.ends[: parts + 1], self.starts[: parts + 1])
+        return *self.kv.chunk(2, dim=2), (self.ends, self.starts)
 
 
 # What graphs run, as functions of all that differs from token to token and block to block, so that one compilation serves them all
@@ -155,7 +153,9 @@ class Engine:
                    self.ends, self.last)
 
     def run_block(self, i, s, size):
-        bucket = Bucket(self.cache.kv[i], self.position, self.ends, self.starts, size)
+        parts = size // CHUNK
+        slots = self.cache.kv[i][0, :size][None]  # no stride is of the whole cache: else a larger engine's blocks would be compiled again
+        bucket = Bucket(slots, self.position, self.ends[: parts + 1], self.starts[: parts + 1])
         self.fused(block_into, self.h[i + 1], self.model.blocks[i], self.h[i], s, self.scale[i], self.rope, bucket)
 
     def run_full(self, size):
@@ -335,11 +335,11 @@ class Engine:
 
 
 def has_graphs(model, policy):
-    """Whether an engine can follow this policy; others are run eagerly."""
+    """Whether an engine can follow this policy; others, a subclass with a `decide` of its own too, are run eagerly."""
     if policy is None:
         return True
-    routed = isinstance(policy, Policy) and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
-    known = type(policy) is Fixed  # others may decide by what they see
+    routed = type(policy) is Policy and policy.tau is None and not torch.is_tensor(policy.mu) and len(policy.allowed) == 4
+    known = type(policy) is Fixed
     return (routed or known) and policy.kv == "fill" and len(policy.scale) == model.config.n_layer
 
 

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from common import command_line
 from conftest import ROOT, script, tiny_folder
 from model import load
 from policy import Policy
@@ -366,6 +368,24 @@ def test_an_environment_without_a_home_or_with_a_notebook_s_backend():
     assert done.returncode == 0, done.stderr
     done = subprocess.run(["sh", "-c", f"{sys.executable} infer.py --full --model nonesuch 2>&-"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and not done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("errors", [[torch.OutOfMemoryError("CUDA out of memory. Tried")], [RuntimeError("CUDA error: out of memory\nCompile with")],
+                                    [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
+                                    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("operation failed due to a previous error during capture")]])
+def test_a_full_gpu_is_no_crash(monkeypatch, capsys, errors):
+    def main(first, *others):
+        try:
+            raise first
+        finally:
+            if others:
+                main(*others)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    with pytest.raises(SystemExit, match="2"):
+        command_line(lambda: main(*errors))
+    assert "the 80 GB of the GPU's memory are full" in capsys.readouterr().err
 
 
 def test_a_full_memory_is_no_crash():

@@ -209,3 +209,4 @@ def test_which_policies_have_graphs(tiny):
         assert not has_graphs(model, other), change
     assert not has_graphs(model, Fixed([4] * 4, kv="none")) and not has_graphs(model, Fixed([4] * 8))
     assert not has_graphs(model, baselines.ConfidentExit(4, 0.5))
+    assert not has_graphs(model, type("Careful", (Policy,), {})(policy.scorer, policy.scale, policy.costs, policy.fingerprint))

@@ -342,6 +342,10 @@ def test_one_compilation_serves_every_block_and_position(tmp_path, monkeypatch, 
     for horizon in (1, 6):
         compare(model, random_policy(model, horizon, horizon), engine, 10)
     assert not engine.plain and {f: made.count(f) for f in made} == {"embed_into": 1, "block_into": 4, "head_into": 1, "best_into": 2}  # a state, a horizon
+    larger = Engine(model, 400)
+    larger.compiled = engine.compiled
+    compare(model, Fixed([4, 0, 0, 1, 1, 2], [1.0, 0.7, 0.9, 1.0, 1.0, 1.0]), larger, 10)
+    assert made.count("block_into") == 5  # a larger cache: a skip writes to any slot of it, the others see their bucket
 
 
 @torch.no_grad()
