@@ -95,6 +95,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # Scripts in forks of one process that has imported everything: milliseconds, not seconds, for tables of faults and for kill -9
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest", "train", "infer", "bench", "matplotlib.figure", "torch._dynamo"])  # the last: what an optimizer imports
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # where there is a GPU, too: a run is the same bit for bit on a CPU alone
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
@@ -114,7 +115,7 @@ def _forked(name, args, env, cwd, output):
 def start(name, *args, env=None, cwd="."):
     """Run a script, or some code, in a fork -> (its process, the path that its output begins with: .out and .err)."""
     output = tempfile.mktemp(dir=CACHE)
-    env = {"XDG_CACHE_HOME": CACHE, "HF_HUB_OFFLINE": "1"} | (env or {})
+    env = ON_CPU | {"XDG_CACHE_HOME": CACHE, "HF_HUB_OFFLINE": "1"} | (env or {})
     process = FORKS.Process(target=_forked, args=(name.removesuffix(".py"), [str(a) for a in args], env, str(cwd), output), daemon=True)
     process.start()
     return process, Path(output)
@@ -133,4 +134,4 @@ def script(name, *args, process=False, timeout=300, **more):
     if not process:
         return ended(*start(name, *args, **more), timeout)
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], text=True, capture_output=True, timeout=timeout,
-                          env=os.environ | ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (more.get("env") or {}), cwd=more.get("cwd"))
+                          env=os.environ | ON_CPU | ({"XDG_CACHE_HOME": CACHE} if "--model" in args else {}) | (more.get("env") or {}), cwd=more.get("cwd"))

@@ -327,8 +327,6 @@ FAULTS = [
 
 @pytest.mark.parametrize("args, change, word", [f[1:] for f in FAULTS], ids=[re.sub(r"\W+", "_", f[0]) for f in FAULTS])
 def test_fault(tiny, policy_file, some_text, tmp_path, monkeypatch, args, change, word):
-    if "cuda" in args and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     folder = tiny
     if word == "trained for":
         tiny_folder(tmp_path, initializer_range=0.1)
