@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 
 from charts import draw
-from common import Parser, command_line, make_folder, pick_device, read_json, write_whole
+from common import Parser, command_line, folder, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, one_text, policy_path, rank
 from field import controllers, depth, kv, retain
@@ -113,7 +113,7 @@ def main():
                    help="lm reads --file, or held-out pydocs without it; default: for a .jsonl mc, of table, oracle and retain all "
                    "there are, of figures arc_easy, else wikitext2 with --data-dir, or lm")
     p.add_argument("--file", help="a UTF-8 text file for --task lm, a JSONL of items for --task mc")
-    p.add_argument("--data-dir", help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
+    p.add_argument("--data-dir", type=folder, help="folder with wikitext2/test.txt, arc_easy/test.jsonl and so on")
     p.add_argument("--method", default="dash", choices=METHODS, help="eval: what to measure (%(default)s; baselines.py)")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup to aim at (%(default)s)")
     p.add_argument("--kv", choices=["fill", "copy", "none"], help="eval, table: keys and values of skipped tokens; default the method's own")

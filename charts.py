@@ -74,10 +74,15 @@ def train(r):
     figure, (a, b, c) = canvas(15, 4, 3)
     log = r["log"]
     rows = r["rows"]
-    ours = (("epoch", "loss", "loss of the fit", "fit to Fisher labels"), ("step", "ce", "CE, nats a token", "cross-entropy of the gated model"),
-            ("step", "r_acc", "R_acc, nats a token", "reward of the sampled states"))
-    own = "step", *[next(key for key in log[0] if key != "step")] * 3
-    x, y, label, title = next((kind for kind in ours if {*kind[:2]} <= log[0].keys()), own)
+    if "epoch" in log[0]:
+        x, y, label, title = "epoch", "loss", "loss of the fit", "fit to Fisher labels"
+    elif "ce" in log[0]:
+        x, y, label, title = "step", "ce", "CE, nats a token", "cross-entropy of the gated model"
+    elif "r_acc" in log[0]:
+        x, y, label, title = "step", "r_acc", "R_acc, nats a token", "reward of the sampled states"
+    else:
+        x = "step"
+        y = label = title = next(key for key in log[0] if key != x)
     a.plot([line[x] for line in log], [line[y] for line in log], marker="o" if x == "epoch" else None)
     a.set(xlabel=x, ylabel=label, title=f"Training: {title}")
     bars = b.barh([row["name"] for row in rows[1:]], [row["kl"] for row in rows[1:]], xerr=kl_error(rows[1:]), capsize=3, color="tab:blue")
@@ -332,27 +337,27 @@ def oracle(r):
     return figure
 
 
-def bars(r, size, place, series, name, title, **legend):
-    """KL as bars, a group for each value of `place`, a colour for each of `series`; name: of a group and of a colour, by what the rows say."""
+def bars(r, size, title, place, name_of_place, series, name_of_series=str, **legend):
+    """KL as bars: a group for each value of `place` in the rows, a colour for each of `series`."""
     figure, [axes] = canvas(*size)
     places, groups = list(by(r["rows"], place)), by(r["rows"], series)
     width = 0.8 / len(groups)
     for n, (one, rows) in enumerate(groups.items()):
         axes.bar([places.index(row[place]) + n * width for row in rows], [row["kl"] for row in rows], width, yerr=kl_error(rows),
-                 capsize=3, label=name(one))
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(places))], map(name, places))
+                 capsize=3, label=name_of_series(one))
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(places))], map(name_of_place, places))
     axes.set(ylabel="KL to the full model, nats a token", title=f"{title}, {task_of(r)}")
     axes.legend(**legend)
     return figure
 
 
 def controllers(r):
-    return bars(r, (8, 4), "asked", "method", lambda v: f"{v} blocks skipped" if isinstance(v, int) else v, "Skip controllers", **BESIDE)
+    return bars(r, (8, 4), "Skip controllers", "asked", "{} blocks skipped".format, "method", **BESIDE)
 
 
 def kv(r):
-    name = lambda v: {"fill": "filled, in INT4"}.get(v, v.replace(", ", "\n"))
-    return bars(r, (8, 3.8), "method", "kv", name, "Keys and values of skipped tokens")
+    return bars(r, (8, 3.8), "Keys and values of skipped tokens", "method", lambda name: name.replace(", ", "\n"),
+                "kv", lambda mode: {"fill": "filled, in INT4"}.get(mode, mode))
 
 
 def depth(r):

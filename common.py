@@ -255,13 +255,27 @@ def device_name(device):
 # The command line
 
 
+def seed(text):
+    """What --seed takes: 0 to 2^32 - 1."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 to {2**32 - 1}")
+    return int(text)
+
+
+def folder(text):
+    """What --data-dir takes: a folder that is there, or nothing (which `Parser` refuses)."""
+    if text and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder; give one that is there")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line, not the usage text."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--model", default="smollm2", help="smollm2 (the default), a folder in Hugging Face layout, or a hub id")
-        self.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (%(default)s)")
+        self.add_argument("--seed", type=seed, default=0, help="of all that is drawn at random (%(default)s)")
         self.add_argument("--device", default="auto", help="auto (the default), cpu or cuda")
 
     def parse_args(self):
@@ -271,10 +285,8 @@ class Parser(argparse.ArgumentParser):
             for value in given if isinstance(given, list) else [given]:
                 if value == "" and name != "prompt":  # as a script passes what it did not set
                     self.error(f"{option} is empty; give it a value, or leave it out")
-                if isinstance(value, int) and (value >= 2**32 or name == "seed" and value < 0):
-                    self.error(f"{option} {value}: give 0 to {2**32 - 1}")
-                if name == "data_dir" and value and not Path(value).is_dir():
-                    self.error(f"{option} {value} is no folder; give one that is there")
+                if isinstance(value, int) and value > 2**32:
+                    self.error(f"{option} {value}: give a smaller number")
                 try:
                     str(value).encode()
                 except UnicodeEncodeError as e:

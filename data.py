@@ -130,7 +130,8 @@ def load_text(name, split, data_dir=None, choice=None):
         parts = [(question(item), item["answer"]) for item in load_items(name, split, data_dir)]
         return "\n\n".join(context + choices[answer] for (context, choices), answer in parts)
     if name == "cnn_dm":
-        articles = load_articles(split, data_dir, 2000)  # the hub has 287,000 to train on, gigabytes for a few windows
+        most = 2000  # the hub has 287,000 to train on, gigabytes for a few windows; a folder's are all looked at
+        articles = load_articles(split, data_dir, most if data_dir is None else None)[:most]
         return "\n\n".join(f"{a['article']}\n\nTL;DR: {a['highlights']}" for a in articles)
     if name == "wikitext2":
         if data_dir is None:

@@ -373,9 +373,9 @@ class LLM(nn.Module):
             if policy is None:
                 return [(4, None)], 1.0
             policy.decide(row, x.view(B, T, -1), start)
-            found, shape = tuple(policy.states.shape), (len(policy.scale), B, T)
-            if found != shape:
-                raise ValueError(f"a policy's states are {found}, expected {shape}: decide writes into the tensor that is there")
+            shape = (len(policy.scale), B, T)
+            if policy.states.shape != shape:
+                raise ValueError(f"a policy's states are {tuple(policy.states.shape)}, expected {shape}: decide writes into the tensor that is there")
             return by_state(policy.states[row]), policy.scale[row]
 
         x = self.embed(tokens).view(B * T, -1)

@@ -106,7 +106,9 @@ class Router:
 
     def __init__(self, kind, n_layer, n_embd, n_hidden, fingerprint="", settings=None):
         L = n_layer
-        self.kind, self.fingerprint, self.settings = kind, fingerprint, settings or {}
+        self.kind = kind
+        self.fingerprint = fingerprint
+        self.settings = settings or {}
         self.size = (n_layer, n_embd, n_hidden)
         self.controls = kind.startswith("gate-")
         self.rows = 1 if self.controls else 2
@@ -115,8 +117,11 @@ class Router:
         self.scale = [1.0] * (self.rows * L)
         for block, gate in zip(self.routed, self.gates):
             self.scale[self.rows * block + (1 if kind == "flexidepth" else 0)] = gate  # FlexiDepth weighs and replaces the MLP
-        self.int4 = self.states = self.generator = None
-        self.kv, self.threshold = "fill", 0.0
+        self.int4 = None
+        self.kv = "fill"
+        self.states = None
+        self.threshold = 0.0
+        self.generator = None
         count = lambda module: sum(p.numel() for p in module.parameters())
         routers = 0 if kind == "gate-fixed" else sum(count(gate.router) for gate in self.gates)  # fixed: known beforehand
         self.extra = (routers, count(self.gates[0].adapter))

@@ -132,7 +132,7 @@ def frontier(args):
     # static plan costs, so that what is compared is the choice alone. `budget` measures the other error.
     top = most_speedup(known.L, costs)  # of what fills keys and values: a static plan of a small model may go beyond
     same = [mean_cost(plan.given, baselines.free_skips(costs)) for plan in plans]
-    speedups, plans, same = zip(*(kept for kept in zip(speedups, plans, same) if kept[2] >= 4 / top - 1e-6))
+    speedups, plans, same = zip(*((s, p, cost) for s, p, cost in zip(speedups, plans, same) if cost >= 4 / top - 1e-6))
     priced = [variant(p, model, examples, speedups, same) for p in policies]
     for speedup, cost, plan, *those in zip(speedups, same, plans, *priced):
         ways += [("random states", speedup, baselines.random_mix(known, 4 / cost)), ("best static plan", speedup, plan),

@@ -15,7 +15,7 @@ import heapq
 import itertools
 import json
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 import regex
@@ -66,7 +66,7 @@ class Tokenizer:
     """BPE over bytes (GPT-2, LLaMA-3, Qwen, on tiktoken), or over characters with bytes to fall back on (LLaMA-1 and 2, Mistral)."""
 
     vocab: dict  # token text -> id
-    merges: list  # pairs in order of rank
+    merges: InitVar[list]  # pairs in order of rank
     special: dict  # text -> id
     pattern: str  # the pre-tokenisation, a regular expression of pieces that are never joined
     eos: tuple = ()  # ids that end generation
@@ -81,9 +81,9 @@ class Tokenizer:
     of_bytes: bool = True  # the first kind, else the second
     strip: bool = False  # whether `decode` takes one leading space away
 
-    def __post_init__(self):
+    def __post_init__(self, merges):
         vocab, special, template, of_bytes = self.vocab, self.special, self.template, self.of_bytes
-        self.ranks = {tuple(pair): rank for rank, pair in enumerate(self.merges)}
+        self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         learned = dict.fromkeys(a + b for a, b in self.ranks)
         if not vocab.keys() >= learned.keys():
             raise ValueError("a merge makes a token that the vocabulary lacks")

@@ -36,7 +36,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, quotient, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, device_name, lock_folder, pick_device, save_result, sha256
+from common import BEGAN, Checkpoint, Parser, command_line, device_name, folder, lock_folder, pick_device, save_result, sha256
 from data import CHOICE_TASKS, Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -126,8 +126,9 @@ def trust_skips(policy, model, examples):
         trials.append(trial.at(4 / goal))
     kls = [row["each"]["kl"] for row in compare(model, examples, [None, *trials])[1:]]
     best = min(range(len(TRUST)), key=lambda n: sum(kls[n]))
-    if best and quotient(kls[best], kls[0])[1][1] >= 1:
-        best = 0
+    if best:
+        _, (_, high) = quotient(kls[best], kls[0])
+        best = best if high < 1 else 0
     return trials[best], TRUST[best]
 
 
@@ -137,10 +138,13 @@ def trust_skips(policy, model, examples):
 
 def arguments():
     p = Parser(__doc__)
-    p.add_argument("--data", default="pydocs", help="pydocs (the default), wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
-    p.add_argument("--data-dir", help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
-    p.add_argument("--speedup", type=float, default=2.0, help="speedup to show, and to train for with rl or --train-model (%(default)s); any is served later")
-    p.add_argument("--cost", default="bits", choices=["bits", "latency"], help="what a speedup counts: bits (the default) or latency, which needs bench.py speed")
+    p.add_argument("--data", default="pydocs",
+                   help="pydocs (the default), wikitext2, cnn_dm, arc_easy, arc_challenge, mmlu, a text file, or a .jsonl of items")
+    p.add_argument("--data-dir", type=folder, help="folder with wikitext2/train.txt, arc_easy/train.jsonl and so on; without it they come from the hub")
+    p.add_argument("--speedup", type=float, default=2.0,
+                   help="speedup to show, and to train for with rl or --train-model (%(default)s); any is served later")
+    p.add_argument("--cost", default="bits", choices=["bits", "latency"],
+                   help="what a speedup counts: bits (the default) or latency, which needs bench.py speed")
     p.add_argument("--horizon", type=int, help="blocks decided from one hidden state: 1 is the paper, 0 each from its own input; default all at once")
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
                    help="fisher labels (the default), the paper's policy gradient, or the gates of routers.py")

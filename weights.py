@@ -283,6 +283,11 @@ def fetch_smollm2():
 def read_gguf(path):
     """A GGUF file like SmolLM2's (a LLaMA whose tokenizer splits digits) -> Config, tensors under transformers' names (fp32), Tokenizer.
     ValueError when it is damaged or another kind."""
+    with refusing(path, "is damaged, or no GGUF file of a LLaMA", "delete it and run again to fetch it anew"):
+        return parse_gguf(path)
+
+
+def parse_gguf(path):
     import gguf
 
     class Reader(gguf.GGUFReader):
@@ -293,34 +298,33 @@ def read_gguf(path):
                 raise ValueError("cut short")
             return found
 
-    with refusing(path, "is damaged, or no GGUF file of a LLaMA", "delete it and run again to fetch it anew"):
-        reader = Reader(path)
-        get = lambda key: reader.fields[key].contents()
-        n_head, n_embd = get("llama.attention.head_count"), get("llama.embedding_length")
-        stored = {t.name: t for t in reader.tensors}
-        c = Config(
-            n_layer=get("llama.block_count"), n_head=n_head, n_kv_head=get("llama.attention.head_count_kv"), n_embd=n_embd,
-            head_dim=n_embd // n_head, n_hidden=get("llama.feed_forward_length"), vocab_size=get("llama.vocab_size"),
-            block_size=get("llama.context_length"), rope_theta=get("llama.rope.freq_base"),
-            norm_eps=get("llama.attention.layer_norm_rms_epsilon"), tied="output.weight" not in stored)
-        names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-        inner = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-                 "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-                 "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-        tensors = {}
-        for name, t in stored.items():
-            weight = torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), dtype=np.float32))
-            part = name.removesuffix(".weight").split(".")
-            if part[-1] in ("attn_q", "attn_k"):  # llama.cpp interleaves the two halves that RoPE rotates; undo it
-                heads = c.n_head if part[-1] == "attn_q" else c.n_kv_head
-                weight = weight.view(heads, c.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
-            hf = names[part[0]] if len(part) == 1 else f"model.layers.{part[1]}.{inner[part[2]]}"
-            tensors[hf + ".weight"] = weight
+    reader = Reader(path)
+    get = lambda key: reader.fields[key].contents()
+    n_head, n_embd = get("llama.attention.head_count"), get("llama.embedding_length")
+    stored = {t.name: t for t in reader.tensors}
+    c = Config(
+        n_layer=get("llama.block_count"), n_head=n_head, n_kv_head=get("llama.attention.head_count_kv"), n_embd=n_embd,
+        head_dim=n_embd // n_head, n_hidden=get("llama.feed_forward_length"), vocab_size=get("llama.vocab_size"),
+        block_size=get("llama.context_length"), rope_theta=get("llama.rope.freq_base"),
+        norm_eps=get("llama.attention.layer_norm_rms_epsilon"), tied="output.weight" not in stored)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    inner = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    tensors = {}
+    for name, t in stored.items():
+        weight = torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type), dtype=np.float32))
+        part = name.removesuffix(".weight").split(".")
+        if part[-1] in ("attn_q", "attn_k"):  # llama.cpp interleaves the two halves that RoPE rotates; undo it
+            heads = c.n_head if part[-1] == "attn_q" else c.n_kv_head
+            weight = weight.view(heads, c.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+        hf = names[part[0]] if len(part) == 1 else f"model.layers.{part[1]}.{inner[part[2]]}"
+        tensors[hf + ".weight"] = weight
 
-        texts, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
-        special = {text: i for i, (text, kind) in enumerate(zip(texts, kinds)) if kind == gguf.TokenType.CONTROL}
-        vocab = {text: i for i, text in enumerate(texts) if text not in special}
-        merges = [m.split(" ") for m in get("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(vocab, merges, special, DIGITS_PATTERN, eos=[get("tokenizer.ggml.eos_token_id"), special["<|endoftext|>"]],
-                              chat_template=get("tokenizer.chat_template"), bos=texts[get("tokenizer.ggml.bos_token_id")])
-        return c, tensors, tokenizer
+    texts, kinds = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+    special = {text: i for i, (text, kind) in enumerate(zip(texts, kinds)) if kind == gguf.TokenType.CONTROL}
+    vocab = {text: i for i, text in enumerate(texts) if text not in special}
+    merges = [m.split(" ") for m in get("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(vocab, merges, special, DIGITS_PATTERN, eos=[get("tokenizer.ggml.eos_token_id"), special["<|endoftext|>"]],
+                          chat_template=get("tokenizer.chat_template"), bos=texts[get("tokenizer.ggml.bos_token_id")])
+    return c, tensors, tokenizer
