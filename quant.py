@@ -16,9 +16,9 @@ Three things are kept apart on purpose:
                with a straight-through gradient.
     real       `Int8Weight`, `Int4Weight`: packed codes and the product computed from them. On the CPU in bf16 that
                is aten's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`, and for INT8 on a CPU with AVX2 alone
-               `bag_row`; on a GPU in bf16, for one row (aten's INT4: fewer than MANY_INT4), the fastest of `ROW_KERNELS` for
-               the shape, by measurement; those that torch.compile makes do what comes before and after the product too
-               (`layer_of_one_row`). For many rows INT8 multiplies by the codes and scales the output, INT4 on a GPU
+               `bag_row`; on a GPU in bf16, for one row (INT4: fewer than MANY_INT4), the fastest of `ROW_KERNELS` for the
+               shape, by measurement; those that torch.compile makes do what comes before and after the product too
+               (`layer_of_one_row`). For many rows, a prompt, INT8 multiplies by the codes and scales the output, INT4
                dequantises; so does every case without a kernel ("reference"). `kernel` says which one a weight uses.
 
 Sources: GPTQ, Frantar et al. 2022 (arXiv 2210.17323); straight-through estimator, Bengio et al. 2013 (arXiv 1308.3432);
@@ -251,7 +251,7 @@ class FakeWeight:
 
 
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack, and `product` takes fp32 (measured, results/NOTES.md)
-MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernel on a GPU (measured, results/NOTES.md)
+MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernels (measured on a GPU and on CPUs, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
 
 
@@ -349,13 +349,40 @@ def unpack_nibbles(packed, K):
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :K]
 
 
+def int4pack(codes):
+    """codes (N, K) uint8 -> (N, K / 2) uint8, the layout of aten's CPU kernel."""
+    return torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1)
+
+
+def int4pack_codes(packed, lanes):
+    """The inverse of `int4pack`, transposed: (K, N). So many outputs, which must divide N, lie together input after input, the first half of
+    them in the low nibbles, the other in the high ones."""
+    N, half = packed.shape
+    pairs = packed.view(-1, 2 * half, lanes // 2)
+    return torch.stack([pairs & 15, pairs >> 4], dim=2).flatten(2).transpose(0, 1).reshape(2 * half, N)
+
+
+@functools.cache
+def int4pack_lanes():
+    """How many outputs lie together on this CPU: 64 with AVX-512, 32 with AVX2; None where aten has another layout than those."""
+    codes = torch.randint(16, (128, GROUP), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return next((lanes for lanes in (64, 32) if torch.equal(int4pack_codes(int4pack(codes), lanes), codes.T)), None)
+
+
+def int4pack_weight(packed, scale_zero, lanes):
+    """What `dequantize_int4` gives, (N, K), from the layout of aten's CPU kernel: packed (N, K / 2), scale_zero (K / GROUP, N, 2)."""
+    codes = (int4pack_codes(packed, lanes) - 8).view(torch.int8).view(-1, GROUP, len(packed))  # less 8 while it is a byte: faster
+    scale, zero = scale_zero.permute(2, 0, 1)[:, :, None].contiguous()  # strided, the next line would take three times as long
+    return torch.addcmul(zero, codes.to(zero.dtype), scale).view(-1, len(packed)).T
+
+
 class Int4Weight:
     """INT4 codes and their product: x (n, K) -> x W^T (n, N) in x's dtype.
 
     kernel "int4pack": aten's CPU kernel, bf16; it wants N a multiple of 16 and K a multiple of the group. "int4 compiled" and "int4 aten 2",
     4 or 8 (so many tiles of 16 inputs lie together): the GPU's, bf16, K a multiple of the group. Any other shape, dtype or device takes
-    "reference", whose layout is that of "int4 compiled". On a GPU many rows do so too, and aten's layouts, which we cannot unpack, keep the
-    nibbles besides for that.
+    "reference", whose layout is that of "int4 compiled". Many rows do so too: of aten's layouts we unpack the CPU's where `lanes` divides N;
+    those of a GPU keep the nibbles besides.
     """
 
     def __init__(self, codes, scale, zero, dtype):
@@ -365,8 +392,7 @@ class Int4Weight:
         self.kernel = "int4pack" if on_cpu and N % 16 == 0 and K % GROUP == 0 else "reference"
         interleaved = lambda: torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous()
         nibbles = lambda: [pack_nibbles(codes), torch.stack([scale, zero]).to(dtype)]
-        layouts = {"int4pack": lambda: [torch._convert_weight_to_int4pack_for_cpu(codes.int().contiguous(), 1), interleaved()],
-                   "reference": nibbles}
+        layouts = {"int4pack": lambda: [int4pack(codes), interleaved()], "reference": nibbles}
         if codes.is_cuda and dtype == torch.bfloat16 and K % GROUP == 0:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
             candidates = {"int4 compiled": nibbles} | {
@@ -375,24 +401,28 @@ class Int4Weight:
             layouts |= candidates
         self.codes, self.scale_zero = layouts[self.kernel]()
         self.nibbles = pack_nibbles(codes) if self.kernel.startswith("int4 aten") else None
+        lanes = int4pack_lanes() if self.kernel == "int4pack" else None
+        self.lanes = lanes if lanes and N % lanes == 0 else None
 
     def tensors(self):
         """What one row reads."""
         return [self.codes, self.scale_zero]
 
     def weight(self):
-        """(N, K), dequantised; not for "int4pack"."""
+        """(N, K), dequantised; of "int4pack" only with `lanes`."""
         packed, scale_zero = self.codes, self.scale_zero
+        if self.kernel == "int4pack":
+            return int4pack_weight(packed, scale_zero, self.lanes)
         if self.nibbles is not None:
             packed, scale_zero = self.nibbles, scale_zero.permute(2, 1, 0).contiguous()  # (2, N, K / GROUP)
         return dequantize_int4(unpack_nibbles(packed, self.K), *scale_zero)
 
     def __call__(self, x):
-        if self.kernel == "int4pack":
+        if self.kernel == "int4pack" and (len(x) < MANY_INT4 or not self.lanes):
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
         if self.kernel == "int4 compiled" and len(x) == 1 or self.nibbles is not None and len(x) < MANY_INT4:
             return row_product(self.kernel, x, self.tensors(), self.N)
-        return F.linear(x, self.weight())
+        return product(x, self.weight())
 
 
 # ----------------------------------------------------------------------------------------------------------

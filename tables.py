@@ -13,8 +13,8 @@ import baselines
 from baselines import compare, interval, public, quotient, sensitivities, spread
 from common import by, format_table, read_json
 from data import load_examples, load_text, n_tokens, text_examples, windows
-from evaluate import (ASKED, METRICS, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy, rouge,
-                      source, variant)
+from evaluate import (ASKED, FASTER, METRICS, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy,
+                      rouge, source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
 from quant import fake_quantize
@@ -31,7 +31,7 @@ def table(args):
         rouge()  # not installed: say so before an hour's work
     for task in tasks:
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
-        asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, 2.67, 3.2)]
+        asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, *FASTER)]
         metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS, priced=True)
         markdown = "\n\n".join([table_cells(rows, metric), *paper_tables(PAPERS.get(task))])
         trained = facts["policy"] or f"none, make {policy_path(args, task)} with python train.py --data {task} --data-dir DIR"

@@ -51,7 +51,7 @@ def test_fake_has_a_straight_through_gradient(state):
 
 
 @pytest.mark.parametrize("N, K", SHAPES)
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_against_the_reference(N, K, rows, dtype):
     torch.manual_seed(1)
@@ -71,6 +71,21 @@ def test_shapes_that_a_kernel_cannot_take_have_a_named_other_path():
     assert w8(2000, 600, torch.bfloat16) == ("int8 bag" if AVX2 else "reference") and w8(2000, 600, torch.float32) == "reference"
     assert w4(32, 128, torch.bfloat16) == "int4pack" and w4(33, 128, torch.bfloat16) == "reference"
     assert w4(32, 96, torch.bfloat16) == "reference" and w4(32, 128, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("N, K", [(192, 576), (64, 64)])
+def test_a_prompt_has_the_weights_that_fake_layers_have(N, K, monkeypatch):
+    """Where aten's layout is one that we unpack, many rows are multiplied by just those numbers; where it is not, by aten's kernel."""
+    codes, scale, zero = quantize_int4(torch.randn(N, K))
+    layer, x = Int4Weight(codes, scale, zero, torch.bfloat16), torch.randn(quant.MANY_INT4, K).bfloat16()
+    if AVX2 or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert layer.lanes == (32 if AVX2 else 64)
+        assert torch.equal(layer.weight(), dequantize_int4(codes, scale, zero).bfloat16())
+        assert torch.equal(layer(x), product(x, layer.weight()))
+    monkeypatch.setattr(quant, "int4pack_lanes", lambda: None)
+    other = Int4Weight(codes, scale, zero, torch.bfloat16)
+    assert torch.equal(other(x), torch._weight_int4pack_mm_for_cpu(x, other.codes, GROUP, other.scale_zero))
+    assert not torch.equal(quant.int4pack_codes(quant.int4pack(codes), 16), codes.T)  # a layout that is not ours is noticed
 
 
 @pytest.mark.parametrize("bias", [False, True])
