@@ -72,15 +72,18 @@ def test_numbers_between_the_tables_are_those_of_results():
     oracle = result("oracle-arc_easy")
     assert result("oracle-wikitext2")["blocks"] == 1  # "On WikiText-2 the oracle skips nothing"
     qwen, larger = result("frontier-wikitext2-qwen")["rows"], result("speed-cpu-qwen")
+    quick = result("speed-cpu-avx512-qwen")
     second = left("dash, horizon 24, seed 0", qwen)
     int8, int4 = (next(r for r in frontier if r["method"] == f"all {name}") for name in ("INT8", "INT4"))
     assert abs(int8["kl"] / kls("dash, horizon 30, seed 0", frontier)[0] - 1) < 0.1  # "the same KL"
     for said in (f"KL to the full model is {between(sum(seeds, []))} of the best static plan's",
                  f"three seeds; decided one block ahead {between(left('dash, horizon 1, seed 0'))}, one seed)",
                  f"DASH's KL is {between(second[:4])} of the best static plan's up to 3.2x, and {second[4]:.2f} and {second[5]:.2f} times it at 4.0x and 4.6x (one seed).",
-                 f"it is {second[4]:.2f} and {second[5]:.2f} times the static plan's, and on SmolLM2 {seeds[0][4]:.2f} and {seeds[0][5]:.2f}:",
+                 f"it is {second[4]:.2f} and {second[5]:.2f} times the static plan's, and on SmolLM2 {seeds[0][4]:.2f} and {seeds[0][5]:.2f}.",
                  f"is at {', '.join(f'{v:.2f}' for v in second[:4])} of the best static plan's, a plan by position at {between(left('by position', qwen)[:4])}.",
                  f"With AVX2 alone, asked for 2x, it decodes {routed(larger):.2f}x as fast as bf16, plain INT8 {larger['ratios']['INT8 / bf16']:.2f}x.",
+                 "asked for 2.67x and 3.2x, {:.2f}x and {:.2f}x, INT8 {:.2f}x, INT4 {:.2f}x.".format(
+                     *(routed(quick, target=target) for target in (2.67, 3.2)), *(quick["ratios"][f"{name} / bf16"] for name in ("INT8", "INT4"))),
                  f"perplexity rises by {goal(2)}% at 2.7x.",
                  *(f"| {path} | {one:.2f}x | {other:.2f}x |" for path, one, other in (
                      ("all INT8", *(machine["ratios"]["INT8 / bf16"] for machine in (fast, slow))),
