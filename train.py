@@ -289,7 +289,7 @@ def main():
         examples = read("train", 10**6, WINDOW)
         examples = examples[:: 1 if choice else max(1, min(8, len(examples) // POOL))][:POOL]  # not all of one chapter
     priced = some(8)
-    few = priced[:8] if choice else text_examples(pool[len(pool) // 8 :: -(-len(pool) // 4)])  # up to 4 windows
+    few = priced[:8] if choice else text_examples(pool[len(pool) // 8 :: -(-len(pool) // 4)])  # up to 4, spread
     test = read("test", 200 if choice else 4, LONG)
     out = lock_folder(args.out)
     started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
