@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import read_safetensors, refusing
-from quant import CHOSEN, GROUP, Int8Weight, RoutedLinear, quantize_int8, read_codes
+from quant import CHOSEN, GROUP, MANY_INT4, ROW_KERNELS, Int8Weight, RoutedLinear, quantize_int8, read_codes
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_gguf, read_hf
 
 
@@ -297,17 +297,19 @@ class LLM(nn.Module):
 
     @torch.inference_mode()
     def check_rows(self, *states):
-        """On a GPU: does the first block (of a skip, its keys and values) give one token, by the kernels for one row, what it gives two equal
-        tokens by plain products? If not, or if a kernel does not compile, none of these kernels is used, and one line on stderr says so."""
-        tried = [w for linear in self.linears().values() for w in (linear, *linear.low.values()) if getattr(w, "kernel", "").endswith("compiled")]
+        """On a GPU: does the first block (of a skip, its keys and values) give one token, by the kernels for one row, what it gives so many equal
+        tokens that all its products are plain? If not, or if a kernel does not compile, none of these kernels is used, and one line on stderr
+        says so."""
+        weights = [w for linear in self.linears().values() for w in (linear, *linear.low.values())]
+        tried = [w for w in weights if getattr(w, "kernel", "reference") in ROW_KERNELS]
         if not tried:
             return
         x = torch.randn(1, self.config.n_embd, device=self.device).to(self.embed.weight.dtype)
         block, rope = self.blocks[0], self.rope(0, 1)
         try:
             for s in states:
-                one, two = (block(rows, len(rows), [(s, None)], 1.0, rope) if s else block.project(s, rows) for rows in (x, x.repeat(2, 1)))
-                off = float((one - two[:1]).abs().max() / two.abs().max())
+                one, many = (block(rows, len(rows), [(s, None)], 1.0, rope) if s else block.project(s, rows) for rows in (x, x.repeat(MANY_INT4, 1)))
+                off = float((one - many[:1]).abs().max() / many.abs().max())
                 if not off < 0.05:
                     raise ValueError(f"a block in state {s} is off by {off:.2g}")
         except torch.OutOfMemoryError:

@@ -420,7 +420,7 @@ class Int4Weight:
     def __call__(self, x):
         if self.kernel == "int4pack" and (len(x) < MANY_INT4 or not self.lanes):
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
-        if self.kernel == "int4 compiled" and len(x) == 1 or self.nibbles is not None and len(x) < MANY_INT4:
+        if self.kernel == "int4 compiled" and len(x) == 1 or self.kernel.startswith("int4 aten") and len(x) < MANY_INT4:
             return row_product(self.kernel, x, self.tensors(), self.N)
         return product(x, self.weight())
 

@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -288,8 +289,6 @@ def read_gguf(path):
 
 
 def parse_gguf(path):
-    import gguf
-
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, **order):
             self.data = np.asarray(self.data)  # slices of a memmap take four times as long

@@ -409,10 +409,11 @@ def test_kernels_for_one_row_are_tried_in_a_block_and_wrong_ones_not_used(tiny, 
     fill.scale_zero, fill.kernel = fill.scale_zero.bfloat16(), "int4 compiled"
     model.check_rows(4, 2, 1, 0)
     assert not capsys.readouterr().err and linears[0].kernel == "bf16 compiled"
-    for wrong in (lambda *args: 1.1 * quant.int8_row(*args), lambda x, codes, scale: x.no_such_thing):
+    for int8, wrong in (("int8 compiled", lambda *args: 1.1 * quant.int8_row(*args)), ("int8 compiled", lambda x, codes, scale: x.no_such_thing),
+                        ("int8 aten", lambda *args: 1.1 * torch._weight_int8pack_mm(*args))):
         for linear in linears:
-            linear.kernel, linear.low[2].kernel = "bf16 compiled", "int8 compiled"
-        monkeypatch.setitem(quant.ROW_KERNELS, "int8 compiled", wrong)
+            linear.kernel, linear.low[2].kernel = "bf16 compiled", int8
+        monkeypatch.setitem(quant.ROW_KERNELS, int8, wrong)
         model.check_rows(4, 2, 1, 0)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and ("state 2 is off by" in said or "no_such_thing" in said)
@@ -584,6 +585,8 @@ def test_on_a_gpu(tmp_path):
     cpu.quantize()
     gpu.quantize(real=True)
     assert quant.CHOSEN and all(isinstance(t, float) for found in quant.CHOSEN.values() for name, t in found.items() if name.endswith("compiled"))
+    gpu.ready_to_decode()
+    assert not [key for key in quant.CHOSEN if key[0] == "check_rows"] and {linear.kernel for linear in gpu.linears().values()} == {"bf16 compiled"}
     for horizon in (1, 6):
         for seed in range(3):
             policy = random_policy(cpu, seed, horizon).to("cuda")
