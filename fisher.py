@@ -148,20 +148,20 @@ def gather_labels(model, examples, scorer, scale, horizon, checkpoint):
 def fit(scorer, labels, inputs, horizon, seed, epochs=8):
     """Fit log damage to labels (N, L - 1, 3) from inputs {block: (N, d + 2)}: the loss r + y exp(-r) is least where exp(r) is E[y].
 
-    y: label over the mean of its block and state, cut at 50; r: predicted log damage minus that mean's logarithm; weighted by the
-    root of the mean. The scorer, trained in place, starts at the means: its bias is set to their logarithm. Returns the means (L - 1, 3),
-    nats, and a list of {epoch, loss}.
+    y: label over the mean of its block and state, cut at 50; r: predicted log damage minus that mean's logarithm; weighted by the root of
+    the mean, and so that the three states count alike: a skip's mean is a hundred times INT4's. The scorer, trained in place, starts at the
+    means: its bias is set to their logarithm. Returns the means (L - 1, 3), nats, and a list of {epoch, loss}.
     """
     L = len(scorer.bias)
     N = len(labels)
     mean = labels.mean(0).clamp(min=1e-12)  # (L - 1, 3)
     y = (labels / mean).clamp(max=50)
-    weight = mean.sqrt() / mean.sqrt().sum()
+    weight = mean.sqrt() / mean.sqrt().sum(0) / 3
     weight[-1, 0] = 0.0  # the last block is never skipped
     with torch.no_grad():
         scorer.bias[1:, :, :3] = mean.log()[:, None]
     batch = 64
-    lr = 1e-3
+    lr = 3e-3
     optimizer = torch.optim.AdamW(scorer.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (N // batch or 1)

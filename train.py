@@ -112,12 +112,12 @@ def trust_skips(policy, model, examples):
     """Hold what the scorer predicts of skips to what they are measured to do (ours): (the policy to use, the share of TRUST it got).
 
     A skip is too large a change for second-order labels, and how far they mislead differs by model. So the spread of the predictions around
-    the block's mean, in logarithms, is tried at every share of TRUST, priced to cost what INT4 everywhere does with every fifth block
+    the block's mean, in logarithms, is tried at every share of TRUST, priced to cost what INT4 everywhere does with every tenth block
     skipped. The share of least KL on `examples` is taken, if the 95% interval over them says that it is better than 1.
     """
     L = len(policy.scale)
     skip, int4 = policy.costs[:2].tolist()
-    goal = (4 + (L - 1) * (0.2 * skip + 0.8 * int4)) / L
+    goal = (4 + (L - 1) * (0.1 * skip + 0.9 * int4)) / L
     trials = []
     for share in TRUST:
         trial = copy.deepcopy(policy)
