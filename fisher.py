@@ -26,7 +26,7 @@ from common import descend, write_whole
 from data import outcomes
 from policy import POSITIONS, bucket, plan
 
-SKIP_SHARE = 0.1  # of a skip label: what every token has of its block's mean
+SHARE = 0.1  # of a label: what every token has of the mean of its block and state
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -196,9 +196,12 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     if few[0].choices:  # where two answers are close all labels are large, which no token can tell: items count alike, or a few outweigh all
         labels *= (size.mean() / size.clamp(min=1e-20))[:, None, None]
     # A skip is too large a change for a second-order estimate: hold its mean, block by block, to the measured KL. And where a token is all
-    # but certain there is no slope, and yet a skip can do great damage: so every token's label has a share of that mean.
-    skip = sensitivities(model, few, scale, states=[0])[1:, 0].to(labels.device)
-    labels[..., 0] = SKIP_SHARE * skip + (1 - SKIP_SHARE) * labels[..., 0] * skip / labels[..., 0].mean(0).clamp(min=1e-12)
+    # but certain there is no slope, and yet a change, or many small ones at once, can do great damage: so every token's label has a share of
+    # the mean.
+    drawn = labels.mean(0).clamp(min=1e-12)
+    mean = drawn.clone()
+    mean[:, 0] = sensitivities(model, few, scale, states=[0])[1:, 0]
+    labels = mean * (SHARE + (1 - SHARE) * labels / drawn)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table = mean.repeat(POSITIONS, 1, 1)

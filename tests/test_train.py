@@ -294,15 +294,16 @@ def test_fisher_label_is_the_kl_of_one_choice(tiny):
     assert (labels[..., 1].mean() > 10 * labels[..., 2].mean())  # INT4 does far more damage than INT8
 
 
-def test_skip_labels_have_the_measured_mean_and_a_share_of_it(tiny, tmp_path, monkeypatch):
+def test_labels_have_a_share_of_their_mean_which_for_skips_is_measured(tiny, tmp_path, monkeypatch):
     model, _ = load(str(tiny))
     model.quantize()
     examples, seen = text_examples(torch.randint(0, 300, (2, 40))), []
     monkeypatch.setattr(fisher, "fit", lambda scorer, labels, *rest: (seen.append(labels), (labels.mean(0), []))[1])
     checkpoint = Checkpoint(tmp_path / "c.safetensors", {}, 0, False)
     fisher.learn(Scorer(4, 64), model, examples, examples[:1], [1.0] * 4, 4, checkpoint, tmp_path / "log")
-    skip, labels = baselines.sensitivities(model, examples[:1], [1.0] * 4, states=[0])[1:3, 0], seen[0][:, :2, 0]
-    assert torch.allclose(labels.mean(0), skip, rtol=1e-3) and (labels >= 0.099 * skip).all() and (labels.min(0).values < 0.5 * skip).all()
+    skip, labels = baselines.sensitivities(model, examples[:1], [1.0] * 4, states=[0])[1:3, 0], seen[0][:, :2]
+    mean = labels.mean(0)
+    assert torch.allclose(mean[:, 0], skip, rtol=1e-3) and (labels >= 0.099 * mean).all() and (labels.min(0).values < 0.5 * mean).all()
 
 
 def test_fit_finds_what_the_hidden_state_says():
@@ -422,16 +423,17 @@ def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
     items = [{"question": "What sat on the mat?", "choices": choices, "answer": 0} for choices in (["the cat ate", "the dog sat"], ["cat", "2024 hats"])]
     examples = item_examples(tokenizer, items, 512, "cpu")
     labels = learned(model, tmp_path, monkeypatch, examples)[0]
-    skip, labels = labels[:, :2, 0], labels[..., 1:]
+    own = lambda labels: (labels[..., 1:] - fisher.SHARE * labels[..., 1:].mean(0)) / (1 - fisher.SHARE)  # without a token's share of the mean
+    skip, labels = labels[:, :2, 0], own(labels)
     measured = baselines.sensitivities(model, examples, [1.0] * 4, states=[0])[1:3, 0]
     assert torch.allclose(skip.mean(0), measured, rtol=1e-3) and (skip.amax(0) > 2 * skip.amin(0)).all()  # each token's own
     close, far = labels.split([sum(e.lengths) for e in examples])
     raw = [fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(examples)]
     assert close.mean() == pytest.approx(far.mean().item(), rel=1e-4) and not raw[0].mean() == pytest.approx(raw[1].mean().item(), rel=0.5)
-    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean())
+    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean(), atol=1e-4)
     texts = text_examples(torch.randint(0, 300, (2, 20)))
-    assert torch.equal(learned(model, tmp_path, monkeypatch, texts)[0][:20, :, 1:],
-                       fisher.fisher_labels(model, texts[0], [1.0] * 4, torch.Generator().manual_seed(0))[0][..., 1:])
+    drawn = fisher.fisher_labels(model, texts[0], [1.0] * 4, torch.Generator().manual_seed(0))[0][..., 1:]
+    assert torch.allclose(own(learned(model, tmp_path, monkeypatch, texts)[0])[:20], drawn, rtol=1e-3, atol=1e-4 * drawn.mean().item())
 
 
 def test_each_block_learns_its_own_labels():
