@@ -110,7 +110,7 @@ def test_numbers_between_the_tables_are_those_of_results():
                  f"and on the same stream {between([behind(row) for row in planned], '.0f')}%",
                  f"one block ahead they cost {ahead['async / known']:.0f}%, on the same stream {behind(ahead):.0f}%",
                  f"three seeds are at {between([s[2] for s in seeds])} and {between([s[3] for s in seeds])}.",
-                 f"*By position* is at {between(left('by position')[:4])} up to 3.24x and above 1 beyond:",
+                 "*By position* is at {} up to 3.24x and at {:.2f} and {:.2f} beyond:".format(between(left('by position')[:4]), *left('by position')[4:]),
                  f"rises by {goal(0)}% at 2x (the goal was 0.5%), by {goal(2)}% at 2.67x (1%) and by {goal(3)}% at 3.2x (2.5%)",
                  f"is at {', '.join(f'{v:.2f}' for v in left('dash, horizon 30, seed 0', docs)[:4])} of the static plan's KL",
                  "{:.2f} nats less. What routing costs does not shrink ({:.2f}x: KL {:.4f} before, {:.4f} after)".format(
