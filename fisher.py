@@ -199,9 +199,9 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     # but certain there is no slope, and yet a change, or many small ones at once, can do great damage: so every token's label has a share of
     # the mean.
     drawn = labels.mean(0).clamp(min=1e-12)
-    mean = drawn.clone()
-    mean[:, 0] = sensitivities(model, few, scale, states=[0])[1:, 0]
-    labels = mean * (SHARE + (1 - SHARE) * labels / drawn)
+    held = drawn.clone()
+    held[:, 0] = sensitivities(model, few, scale, states=[0])[1:, 0]
+    labels = held * (SHARE + (1 - SHARE) * labels / drawn)
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table = mean.repeat(POSITIONS, 1, 1)
