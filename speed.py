@@ -402,9 +402,9 @@ def one_token(run):
 
 
 def speed_gpu(args):
-    if not torch.cuda.is_available():
-        raise ValueError(f"--suite gpu: PyTorch {torch.__version__} finds no CUDA device here; run it where there is one")
-    device = pick_device("cuda")
+    device = pick_device(args.device)
+    if device.type != "cuda":
+        raise ValueError(f"--suite gpu: PyTorch {torch.__version__} finds no CUDA device here, or --device is cpu; run it where there is one")
     shapes = {}
     events = []
     bandwidth = read_bandwidth(device)
