@@ -1,9 +1,9 @@
 """Fisher labels: what damage each (token, block, state) does, and a scorer that learns to foresee it. `train.py --objective fisher`.
 
-Ours, where the paper has a policy gradient. Put a gate a = 0 on every (block, token, state): each product computes x W + a stop(x (W_s -
-W)), so that a = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i times its input, and
+Ours, where the paper has a policy gradient. Put a gate theta = 0 on every (block, token, state): each product computes x W + theta stop(x (W_s -
+W)), so that theta = 1 would run that token's block in state s; the gate of a skip moves the block's output towards a_i times its input, and
 its keys and values towards INT4. Draw a target from the model's own distribution at every position; the label is half the square of d
-log p(sequence) / d a, averaged over draws. That is the second-order estimate of the KL divergence which this one choice adds over *all*
+log p(sequence) / d theta, averaged over draws. That is the second-order estimate of the KL divergence which this one choice adds over *all*
 later tokens, damage to keys and values included. In the words of the MDP it is -R_acc of Eq 13 summed over the whole episode, with every
 other decision at state 4: a value, where the paper samples returns.
 
