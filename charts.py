@@ -106,7 +106,8 @@ def speed(r):
         how = f"{row['speedup_target']:g}x asked{', decided one block ahead' if row['horizon'] == 1 else ''}"
         paths[f"dash, {how}"] = paths["all bf16"] * row["measured"]
     names = sorted(paths, key=paths.get)
-    figure, [axes] = canvas(8, 0.4 * len(names) + 1.2)
+    known = r.get("frontier")  # older results have none
+    figure, [axes, *more] = canvas(13 if known else 8, 0.4 * len(names) + 1.2, 2 if known else 1)
     kinds = {"dash": ("DASH", "tab:blue"), "all ": ("one state for all", "tab:orange")}
     bars = [{"kind": kinds.get(name[:4], ("other programs", "tab:gray")), "at": n, "value": paths[name]} for n, name in enumerate(names)]
     for (label, color), those in by(bars, "kind").items():
@@ -116,6 +117,11 @@ def speed(r):
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {r['model']} on {r['device']}")
     axes.margins(x=0.1)
     axes.legend(loc="lower right")
+    for panel in more:
+        for name, color, points in (("the same plan for all tokens", "tab:orange", known["static"]), (known["method"], "tab:blue", known["own"])):
+            panel.plot(*zip(*points), marker="o", color=color, label=name)
+        panel.set(yscale="log", xlabel="speedup of decoding, promised by these times", ylabel=f"KL to the full model on {known['text']}, nats")
+        panel.legend()
     return figure
 
 

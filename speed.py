@@ -17,7 +17,7 @@ import torch
 
 from common import format_table, pick_device, read_json, refusing
 from data import load_text, text_examples
-from evaluate import ASKED, FASTER, in_rounds, policy_path, publish, ratio, read_policy
+from evaluate import ASKED, FASTER, in_rounds, name_of, policy_path, publish, ratio, read_policy
 from infer import Engine, generate
 from model import LLM, check_gpu, load, with_blocks
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
@@ -43,6 +43,31 @@ def block_times(bf16, int8, int4, skipped, overhead, L):
     its last in INT4."""
     table = {"4": (bf16 - overhead) / L, "2": (int8 - overhead) / L, "1": (int4 - overhead) / L}
     return table | {"0": max(1e-6, (skipped - overhead - table["4"] - table["1"]) / (L - 2))}  # noise can take it below nothing
+
+
+def own_frontier(folder, policy):
+    """The policy's frontier in `folder` (bench.py frontier), or None where there is none of this policy: a dict, "text" and "method" by name,
+    "static" and "own" [(share of each of the four states, KL)], the best static plans with all INT8 and all INT4, and the policy's."""
+    settings = {k: v for k, v in policy.settings.items() if "damage" not in k}
+    name = name_of(policy)
+    for file in sorted(Path(folder).glob("frontier-*.json")):
+        r = read_json(file)
+        with refusing(file, "is no frontier", "make it again with bench.py frontier, or move it away"):
+            of = lambda *methods: [([float(row["states"][str(s)]) for s in STATE_OF], float(row["kl"])) for row in r["rows"] if row["method"] in methods]
+            found = {"text": r["caption"].split(",")[0], "method": name, "static": of("best static plan", "all INT8", "all INT4"), "own": of(name)}
+            if r["policy"] == settings and found["own"]:
+                return found
+
+
+def by_the_clock(frontier, clock, decision):
+    """A frontier with speedups in time in the place of shares; "ratio": the policy's KL over that of static plans which take as long, None
+    where none does. Between two plans it is a straight line: tokens that take turns. clock(shares, other ms a token) -> promised speedup;
+    decision: ms a token."""
+    static = sorted((clock(shares, 0.0), kl) for shares, kl in frontier["static"])
+    own = [(clock(shares, decision), kl) for shares, kl in frontier["own"]]
+    alike = lambda at: next((a + (b - a) * (at - left) / (right - left) for (left, a), (right, b) in zip(static, static[1:]) if left <= at < right), None)
+    ratio = [kl / same if (same := alike(at)) else None for at, kl in own]
+    return frontier | {"static": static, "own": own, "ratio": ratio}
 
 
 def uniform_paths(L):
@@ -156,7 +181,8 @@ def speed(args):
     device = pick_device(args.device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=True)
     policy = read_policy(policy_path(args, "lm"), model, True)
-    policy.at(2.0)  # out of reach: say so before minutes of timing
+    policy.at(2.0)  # out of reach, or below a damaged file: say so before minutes of timing
+    frontier = own_frontier(args.results, policy)
     model.quantize(real=True, int4=policy.int4)
     L = model.config.n_layer
     tokens = 128
@@ -215,6 +241,7 @@ def speed(args):
         row["promised"] = total["all bf16"] / (overhead + decision + row.pop("blocks_ms"))
         row["promised_over_measured"] = row["promised"] / row["measured"]
     policy.horizon = own
+    clock = lambda shares, other: total["all bf16"] / (overhead + other + L * sum(share * table[str(s)] for share, s in zip(shares, STATE_OF)))
 
     # First token of a long prompt
     first = lambda p: run(p, prompt=long_prompt, tokens=1)["first_token_s"]
@@ -230,6 +257,7 @@ def speed(args):
                    "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
                    "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},
         "latency_ms": table | {"overhead": overhead, "full_overhead": total["all bf16"] - L * table["4"], "decision": decision}, "routed": routed,
+        "frontier": frontier and by_the_clock(frontier, clock, decision),
         "first_token": {"prompt_tokens": len(tokenizer.encode(long_prompt)), "speedup_target": 1.67, "routed / full": ratio(values, "routed", "full"),
                         "INT4 / full": ratio(values, "INT4", "full"), "full_s": statistics.median(values["full"])},
         "memory": {"bytes": sizes, "all precisions / bf16": sizes["all"] / sizes["bf16 model"]},
@@ -257,12 +285,19 @@ def speed_tables(r):
              [f"first token of {first['prompt_tokens']}, routed at 1.67x / full", "<= 1.1", f"{first['routed / full']:.2f}"],
              [f"first token of {first['prompt_tokens']}, all INT4 / full", "reported", f"{first['INT4 / full']:.2f}"]]
     share = r["share_of_bandwidth"]
-    return "\n\n".join([
+    tables = [
         format_table(["path", "tokens/s", "share of the memory bandwidth"],
                      [[name, f"{v:.1f}", f"{100 * share[name]:.0f}%" if name in share else ""] for name, v in r["tokens_per_second"].items()]),
         format_table(["figure", "goal", "measured"], rows),
         f"A block takes {ms['4']:.2f} ms in bf16, {ms['2']:.2f} in INT8, {ms['1']:.2f} in INT4, {ms['0']:.2f} skipped; everything else of a "
-        f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."])
+        f"token {ms['overhead']:.2f} ms, the decisions {ms['decision']:.2f} ms. Memory was read at {r['bandwidth_gb_s']:.0f} GB/s in the same run."]
+    if r["frontier"]:
+        f = r["frontier"]
+        tables.append(format_table(
+            [f"{f['method']}, on {f['text']}, by these times", *(f"{speedup:.2f}x" for speedup, _ in f["own"])],
+            [["KL to the full model, nats", *(f"{kl:.4f}" for _, kl in f["own"])],
+             ["over that of static plans which take as long", *("-" if v is None else f"{v:.2f}" for v in f["ratio"])]]))
+    return "\n\n".join(tables)
 
 
 # ----------------------------------------------------------------------------------------------------------

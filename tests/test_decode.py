@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import baselines
+import speed
 from conftest import script, tiny_folder
 from infer import generate, has_graphs
 from model import load
@@ -181,14 +182,33 @@ def test_speed_measures_and_latency_training_uses_it(tiny, some_text, tmp_path):
     policy = random_policy(load(str(tiny))[0], 0)
     policy.prices, policy.settings = [(1.2, 0.0), (4.0, 1.0)], {"horizon": 1}
     policy.save(tmp_path / "p.safetensors")
+    frontier = tmp_path / "results" / "frontier-lm.json"
+    frontier.parent.mkdir()
+    rows = [{"method": name, "kl": kl, "states": dict(zip("0124", shares))} for name, kl, *shares in (
+        ("all INT8", 0.1, 0, 0, 1, 0), ("best static plan", 0.2, 0, 0.5, 0.5, 0), ("dash, horizon 1, seed 0", 0.1, 0, 0.5, 0.5, 0), ("random states", 9, 0, 1, 0, 0))]
+    frontier.write_text(json.dumps({"policy": policy.settings, "caption": "lm, test", "rows": rows}))
     done = script("bench.py", "speed", "--model", tiny, "--policy", tmp_path / "p.safetensors", "--rounds", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results" / "speed-cpu.json").exists() and (tmp_path / "results" / "speed-cpu.png").exists()
+    found = json.loads((tmp_path / "results" / "speed-cpu.json").read_text())["frontier"]
+    assert found["text"] == "lm" and sorted(kl for _, kl in found["static"]) == [0.1, 0.2] and [kl for _, kl in found["own"]] == [0.1]
+    assert "on lm, by these times" in done.stdout
+    frontier.write_text('{"rows": []}')
+    done = script("bench.py", "speed", "--model", tiny, "--policy", tmp_path / "p.safetensors", "--rounds", 1, cwd=tmp_path)
+    assert done.returncode == 2 and "frontier-lm.json is no frontier" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    frontier.unlink()
     done = script("train.py", "--model", tiny, "--data", some_text, "--out", "o", "--cost", "latency", "--horizon", 1, "--speedup", 1.2, cwd=tmp_path)
     if done.returncode:  # a tiny model spends its time outside its blocks
         assert done.returncode == 2 and "at most with --cost latency" in done.stderr, done.stderr
     else:
         assert Policy.load(tmp_path / "o" / "policy.safetensors").settings["cost"] == "latency" and "by the measured times" in done.stdout
+
+
+def test_a_policy_against_static_plans_that_take_as_long():
+    """Static plans at 1x and 2x with KL 1 and 3, the policy's at 1.5x and, its decision counted, before the first."""
+    frontier = {"text": "x", "static": [(2.25, 3.0), (1.25, 1.0)], "own": [(2.0, 1.0), (0.75, 5.0)]}
+    found = speed.by_the_clock(frontier, lambda shares, other: shares - 0.25 - other, 0.25)
+    assert found == {"text": "x", "static": [(1.0, 1.0), (2.0, 3.0)], "own": [(1.5, 1.0), (0.25, 5.0)], "ratio": [0.5, None]}
 
 
 def test_nothing_of_old_weights_is_left(tiny):
