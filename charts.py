@@ -108,8 +108,8 @@ def speed(r):
         how = f"{row['speedup_target']:g}x asked{', decided one block ahead' if row['horizon'] == 1 else ''}"
         paths[f"dash, {how}"] = paths["all bf16"] * row["measured"]
     names = sorted(paths, key=paths.get)
-    known = r.get("frontier")  # older results have none
-    figure, [axes, *more] = canvas(13 if known else 8, 0.4 * len(names) + 1.2, 2 if known else 1)
+    timed = r.get("frontier")  # older results have none
+    figure, [axes, *more] = canvas(13 if timed else 8, 0.4 * len(names) + 1.2, 2 if timed else 1)
     kinds = {"dash": ("DASH", "tab:blue"), "all ": ("one state for all", "tab:orange")}
     bars = [{"kind": kinds.get(name[:4], ("other programs", "tab:gray")), "at": n, "value": paths[name]} for n, name in enumerate(names)]
     for (label, color), those in by(bars, "kind").items():
@@ -119,13 +119,14 @@ def speed(r):
     axes.set(xlabel="tokens/s, batch 1", title=f"Decoding {r['model']} on {r['device']}")
     axes.margins(x=0.1)
     axes.legend(loc="lower right")
-    for panel in more:
-        speedups, kls = zip(*known["static"])
+    if timed:
+        [panel] = more
+        speedups, kls = zip(*timed["static"])
         panel.plot(speedups, kls, marker="o", linestyle="", color="tab:orange", label="the same plan for all tokens")
         between = np.linspace(speedups[0], speedups[-1], 500)
         panel.plot(between, np.interp(between, speedups, kls), color="tab:orange", label="between two of them tokens take turns")
-        panel.plot(*zip(*known["own"]), marker="o", linestyle="", color="tab:blue", label=known["method"])
-        panel.set(yscale="log", xlabel="speedup of decoding, promised by these times", ylabel=f"KL to the full model on {known['text']}, nats")
+        panel.plot(*zip(*timed["own"]), marker="o", linestyle="", color="tab:blue", label=timed["method"])
+        panel.set(yscale="log", xlabel="speedup of decoding, promised by these times", ylabel=f"KL to the full model on {timed['text']}, nats")
         panel.legend()
     return figure
 

@@ -306,6 +306,11 @@ def publish(args, name, model, quiet=False, **content):
         print(json.dumps(read_json(path)), flush=True)
 
 
+def settings_of(policy):
+    """What a result says of its policy, and by what `bench.py speed` knows its frontier again: the settings, without the tables of damage."""
+    return {k: v for k, v in policy.settings.items() if "damage" not in k}
+
+
 def name_of(policy):
     s = policy.settings
     kind = str(s.get("objective", "fisher")).replace("fisher", "dash")

@@ -13,11 +13,12 @@ from pathlib import Path
 from timeit import repeat
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from common import format_table, pick_device, read_json, refusing
 from data import load_text, text_examples
-from evaluate import ASKED, FASTER, in_rounds, name_of, policy_path, publish, ratio, read_policy
+from evaluate import ASKED, FASTER, in_rounds, name_of, policy_path, publish, ratio, read_policy, settings_of
 from infer import Engine, generate
 from model import LLM, check_gpu, load, with_blocks
 from policy import INDEX, STATE_OF, Fixed, Policy, Scorer, bit_costs, goal_cost, speedup_bits
@@ -48,26 +49,24 @@ def block_times(bf16, int8, int4, skipped, overhead, L):
 def own_frontier(folder, policy):
     """The policy's frontier in `folder` (bench.py frontier), or None where there is none of this policy: a dict, "text" and "method" by name,
     "static" and "own" [(share of each of the four states, KL)], the best static plans with all INT8 and all INT4, and the policy's."""
-    settings = {k: v for k, v in policy.settings.items() if "damage" not in k}
     name = name_of(policy)
     for file in sorted(Path(folder).glob("frontier-*.json")):
         r = read_json(file)
         with refusing(file, "is no frontier", "make it again with bench.py frontier, or move it away"):
             of = lambda *methods: [([float(row["states"][str(s)]) for s in STATE_OF], float(row["kl"])) for row in r["rows"] if row["method"] in methods]
             found = {"text": r["caption"].split(",")[0], "method": name, "static": of("best static plan", "all INT8", "all INT4"), "own": of(name)}
-            if r["policy"] == settings and found["own"]:
+            if r["policy"] == settings_of(policy) and found["own"] and found["static"]:
                 return found
 
 
 def by_the_clock(frontier, clock, decision):
     """A frontier with speedups in time in the place of shares; "ratio": the policy's KL over that of static plans which take as long, None
-    where none does. Between two plans it is a straight line: tokens that take turns. clock(shares, other ms a token) -> promised speedup;
-    decision: ms a token."""
+    where none does. Between two plans it is a straight line: tokens that take turns. clock(shares, ms that deciding takes) -> promised
+    speedup; decision: ms a token."""
     static = sorted((clock(shares, 0.0), kl) for shares, kl in frontier["static"])
     own = [(clock(shares, decision), kl) for shares, kl in frontier["own"]]
-    alike = lambda at: next((a + (b - a) * (at - left) / (right - left) for (left, a), (right, b) in zip(static, static[1:]) if left <= at < right), None)
-    ratio = [kl / same if (same := alike(at)) else None for at, kl in own]
-    return frontier | {"static": static, "own": own, "ratio": ratio}
+    alike = np.interp([speedup for speedup, _ in own], *zip(*static), left=0.0, right=0.0)
+    return frontier | {"static": static, "own": own, "ratio": [kl / same if same else None for (_, kl), same in zip(own, alike)]}
 
 
 def uniform_paths(L):
@@ -237,11 +236,12 @@ def speed(args):
                        "speedup_bits": speedup_bits(out["states"], bit_costs(model.config)), "blocks_ms": blocks_ms(of_steps, table),
                        "measured": ratio(values, "full", "routed"), "routed_over_known": ratio(values, "routed", "known")})
     decision = max(0.0, statistics.median(decisions))
+    promised = lambda blocks, decision: total["all bf16"] / (overhead + decision + blocks)
     for row in routed:
-        row["promised"] = total["all bf16"] / (overhead + decision + row.pop("blocks_ms"))
+        row["promised"] = promised(row.pop("blocks_ms"), decision)
         row["promised_over_measured"] = row["promised"] / row["measured"]
     policy.horizon = own
-    clock = lambda shares, other: total["all bf16"] / (overhead + other + L * sum(share * table[str(s)] for share, s in zip(shares, STATE_OF)))
+    clock = lambda shares, decision: promised(L * sum(share * table[str(s)] for share, s in zip(shares, STATE_OF)), decision)
 
     # First token of a long prompt
     first = lambda p: run(p, prompt=long_prompt, tokens=1)["first_token_s"]
@@ -252,7 +252,7 @@ def speed(args):
     weights = {"all bf16": sizes["4"], "all INT8": sizes["2"], "all INT4": sizes["1"]}
     result = {
         "tokens": tokens, "prompt_tokens": 64, "rounds": args.rounds, "tokens_per_second": per_second,
-        "policy": {k: v for k, v in policy.settings.items() if "damage" not in k},
+        "policy": settings_of(policy),
         "ratios": {"bf16 / transformers bf16": ratio(seconds, "transformers bf16", "all bf16") if "transformers bf16" in seconds else None,
                    "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
                    "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},

@@ -14,7 +14,7 @@ from baselines import compare, interval, public, quotient, sensitivities, spread
 from common import by, format_table, read_json
 from data import load_examples, load_text, n_tokens, text_examples, windows
 from evaluate import (ASKED, FASTER, METRICS, PAPERS, SKIPS, TASKS, TEXTS, at_hand, folders, one_text, policy_path, publish, rank, read_policy,
-                      rouge, source, variant)
+                      rouge, settings_of, source, variant)
 from model import KVCache, load
 from policy import mean_cost, most_speedup, speedup_bits, state_shares
 from quant import fake_quantize
@@ -152,7 +152,7 @@ def frontier(args):
     markdown = f"KL to the full model over that of the best static plan:\n\n{markdown}"
     details = f"Nats lost, KL to the full model (speedup realised):\n\n{whole}\n\n{decoding}"
     publish(args, f"frontier-{task}", model, caption=caption, markdown=markdown, details=details, tokens=tokens, budget=kept,
-            rows=rows, policy={k: v for k, v in policy.settings.items() if "damage" not in k})
+            rows=rows, policy=settings_of(policy))
 
 
 def frontier_tables(rows):
