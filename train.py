@@ -133,7 +133,46 @@ def trust_skips(policy, model, examples):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 Compare, and the command line
+# 5 Compare
+
+
+def at_its_cost(policy, damage, test, seed):
+    """What DASH is compared with: a static plan by `damage` (L, 4) and random states, both at what it has just spent on the same example, and
+    all INT8."""
+    L = len(policy.scale)
+    generator = torch.Generator().manual_seed(seed)
+    free = free_skips(policy.costs) if policy.settings["cost"] == "bits" else policy.costs  # the clock has only timed skips that fill keys and values
+
+    def spent(rows):
+        """The mean cost of DASH, which `compare` runs just before the others, padding left out."""
+        example = next(e for e in test if e.rows is rows)
+        return mean_cost(policy.states[:, example.keep()], policy.costs)
+
+    static = lambda rows: one_plan(static_plan(damage, free, spent(rows))[1], policy.scale)
+    equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), policy.costs, generator), policy.scale)
+    return static, equal, Fixed([4] + [2] * (L - 1))
+
+
+def report(out, names, rows, test, args, model, settings, how, wrote):
+    """5: the comparison to the terminal, train.png and train.json. rows: of `compare`, the second that of what was trained."""
+    choice = is_choice(args.data)
+    markdown = comparison_table(names, rows, choice)
+    log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    tokens = n_tokens(test)
+    seconds = round(time.time() - BEGAN)
+    caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
+    states = rows[1]["raw"]
+    L = model.config.n_layer
+    save_result(out / "train.json", model, args.seed, caption=caption, markdown=markdown, tokens=tokens, settings=settings,
+                rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
+                shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
+    print(f"\n{markdown}\n\n{caption} On {device_name(model.device)}.")
+    draw(out / "train.json")
+    print(f"wrote {wrote}, train.json, train.jsonl and train.png into {out}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def arguments():
@@ -199,25 +238,7 @@ def up_to(tokens, examples):
     return examples[: int((sizes < tokens).sum()) + 1]
 
 
-def report(out, names, rows, test, args, model, settings, how, wrote):
-    """5: the comparison to the terminal, train.png and train.json. rows: of `compare`, the second that of what was trained."""
-    choice = is_choice(args.data)
-    markdown = comparison_table(names, rows, choice)
-    log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    tokens = n_tokens(test)
-    seconds = round(time.time() - BEGAN)
-    caption = f"Held-out {args.data}, {len(test)} {'items' if choice else 'windows'}, {tokens} tokens, fp32, {how}; {seconds} s in all."
-    states = rows[1]["raw"]
-    L = model.config.n_layer
-    save_result(out / "train.json", model, args.seed, caption=caption, markdown=markdown, tokens=tokens, settings=settings,
-                rows=[{"name": name} | public(row) for name, row in zip(names, rows)], log=log,
-                shares=[state_shares(block) for block in states[:: len(states) // L]])  # of sublayers the first
-    print(f"\n{markdown}\n\n{caption} On {device_name(model.device)}.")
-    draw(out / "train.json")
-    print(f"wrote {wrote}, train.json, train.jsonl and train.png into {out}")
-
-
-def train_routers(args, device, text, model, tokenizer, read, some):
+def train_routers(args, text, model, tokenizer, read, some):
     """--objective flexidepth and the like: the gates of routers.py, at --skip skipped blocks a token."""
     c = model.config
     if c.n_layer < 4:
@@ -232,10 +253,10 @@ def train_routers(args, device, text, model, tokenizer, read, some):
         "model": args.model, "data": args.data, "objective": args.objective, "skip": args.skip, "steps": args.steps, "seed": args.seed,
         "fingerprint": policy.fingerprint, "text": digest(text)}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
-    samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(device)
+    samples = windows(tokenizer, text, 8, min(WINDOW, c.block_size), args.data, spread=True).to(model.device)
     known = Known(c.n_layer, bit_costs(c), config=c, samples=samples)
     observe(known, model)
-    routers.begin(policy.to(device), known, args.skip)
+    routers.begin(policy.to(model.device), known, args.skip)
     with checkpoint.log(out / "train.jsonl") as log:
         routers.train_gates(policy, model, examples, args.skip, args.steps, checkpoint, log)
     routers.calibrate(policy, model, some(2), args.skip)  # late tokens skip more
@@ -247,42 +268,40 @@ def train_routers(args, device, text, model, tokenizer, read, some):
            f"objective {args.objective}, {args.skip} skips asked for", "router.safetensors")
 
 
-def main():
-    args = arguments()
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    text = load_text(args.data, "train", args.data_dir)
-    load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
-    model, tokenizer = load(args.model, device, torch.float32)
-    refuse_own_input(args, model.base)
+def reachable(args, model, horizon):
+    """What the states cost (4,), what a token costs besides its blocks (`latency_costs`), and the speedups to find prices for. ValueError where
+    --speedup is not among them."""
+    L = model.config.n_layer
+    costs, overhead = (bit_costs(model.config), (0.0, 0.0)) if args.cost == "bits" else latency_costs(
+        f"results/speed-{model.device.type}.json", model.device, model.fingerprint(), horizon)
+    most = most_speedup(L, costs, overhead)
+    targets = [s for s in TARGETS if s <= most]
+    if not targets:
+        raise ValueError(f"{args.model} reaches {max(1.0, most):.2f}x at most with --cost {args.cost}, and policies are made for {TARGETS[0]}x and "
+                         "more; give a model of more blocks")
+    if not targets[0] <= args.speedup <= targets[-1]:
+        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {targets[0]} to {targets[-1]:.3g}")
+    return costs, overhead, targets
+
+
+def train_scorer(args, text, model, tokenizer, read, some):
+    """--objective fisher or rl: the five steps above."""
+    L = model.config.n_layer
+    context = model.config.block_size
+    choice = is_choice(args.data)
+    horizon = L if args.horizon is None else min(args.horizon, L)
     start = Policy.load(args.start) if args.start else None
     if start:
         start.check(model)
         start.at(args.speedup)  # which the gradient starts from
-    L = model.config.n_layer
-    context = model.config.block_size
-    choice = is_choice(args.data)
-    read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
-                                                device, spread=True)
-    some = lambda n: up_to(n * LONG, read("train", 10**6 if choice else n, LONG))  # n windows, or items of as many tokens
-    if args.objective in routers.KINDS:
-        train_routers(args, device, text, model, tokenizer, read, some)
-        return
-    horizon = L if args.horizon is None else min(args.horizon, L)
-    if start and (start.horizon != horizon or start.settings.get("cost") != args.cost):
-        raise ValueError(f"--start {args.start}: its --horizon or --cost differs ({start.horizon}, {start.settings.get('cost')})")
-    costs, overhead = (bit_costs(model.config), (0.0, 0.0)) if args.cost == "bits" else latency_costs(
-        f"results/speed-{device.type}.json", device, model.fingerprint(), horizon)
-    targets = [s for s in TARGETS if s <= most_speedup(L, costs, overhead)]
-    if not targets:
-        raise ValueError(f"{args.model} reaches {max(1.0, most_speedup(L, costs, overhead)):.2f}x at most with --cost {args.cost}, and policies "
-                         f"are made for {TARGETS[0]}x and more; give a model of more blocks")
-    if not targets[0] <= args.speedup <= targets[-1]:
-        raise ValueError(f"--speedup {args.speedup:g} is out of reach: give {targets[0]} to {targets[-1]:.3g}")
+        if start.horizon != horizon or start.settings.get("cost") != args.cost:
+            raise ValueError(f"--start {args.start}: its --horizon or --cost differs ({start.horizon}, {start.settings.get('cost')})")
+    costs, overhead, targets = reachable(args, model, horizon)
+    goals = [goal_cost(s, L, overhead) for s in targets]
 
     # What each step reads: samples for a_i, pool for INT4, examples to learn from, few for sensitivities, priced for prices; test is held out
-    samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(device)
-    pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(device)
+    samples = windows(tokenizer, text, SAMPLES, min(SAMPLE_TOKENS, context), args.data, spread=True).to(model.device)
+    pool = windows(tokenizer, text, POOL, min(WINDOW, context), args.data, spread=True).to(model.device)
     if args.objective == "fisher":
         examples = some(args.samples)
     else:
@@ -291,26 +310,36 @@ def main():
     priced = some(8)
     few = priced[:8] if choice else text_examples(pool[len(pool) // 8 :: -(-len(pool) // 4)])  # up to 4, spread
     test = read("test", 200 if choice else 4, LONG)
+
     out = lock_folder(args.out)
-    started_from = args.start and f"{args.start}, {sha256(args.start)[:12]}"
-    steps = args.steps if args.objective != "fisher" or args.train_model else None  # labels have no steps, so --resume need not repeat them
     wide = {"width": len(start.scorer.first.bias)} if start else {}
     scorer = Scorer(L, model.config.n_embd, args.lam if args.objective == "rl" else 0.0, **wide)
     seen = scorer.features(9 * torch.eye(2, model.config.n_embd)[None], 3)  # --resume does not compute features again: they must be the same
     settings = {"model": args.model, "data": args.data, "speedup": args.speedup, "objective": args.objective, "horizon": horizon,
-                "steps": steps, "samples": args.samples, "seed": args.seed, "cost": args.cost, "costs": costs.tolist(),
-                "overhead": list(overhead), "start": started_from, "lam": args.lam, "beta": args.beta, "weights": not args.no_weights,
-                "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text), "features": digest(str(seen))}
+                # labels have no steps, so --resume need not repeat them
+                "steps": args.steps if args.objective != "fisher" or args.train_model else None, "samples": args.samples, "seed": args.seed,
+                "cost": args.cost, "costs": costs.tolist(), "overhead": list(overhead),
+                "start": args.start and f"{args.start}, {sha256(args.start)[:12]}", "lam": args.lam, "beta": args.beta,
+                "weights": not args.no_weights, "int4": codes_name(pool), "fingerprint": model.fingerprint(), "text": digest(text),
+                "features": digest(str(seen))}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume) if args.train_model else None
 
+    # 1 Calibrate
     found = profile(model, samples)
     scale = found["norm_ratio"].tolist()  # measured better than least squares (bench.py ablation)
-    cache_codes(model, pool)
-    model.quantize(int4=settings["int4"])
-    scorer.to(device)
+    scorer.to(model.device)
     scorer.mean.copy_(found["mean"].mean(0))
     scorer.std.copy_(found["std"].square().mean(0).sqrt())
+
+    # 2 Round
+    def round_weights():
+        cache_codes(model, pool)
+        model.quantize(int4=settings["int4"])
+
+    round_weights()
+
+    # 3 Learn
     log_path = out / "train.jsonl"
     tables = {}
     if args.objective == "fisher":
@@ -319,11 +348,11 @@ def main():
     else:
         damage = reinforce.learn(scorer, model, examples, few, scale, costs, start, checkpoint, log_path, settings)
     tables["damage"] = damage.tolist()  # what a static plan goes by
+    policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings | tables).to(model.device)
 
-    policy = Policy(scorer, scale, costs, settings["fingerprint"], horizon=horizon, settings=settings | tables).to(device)
+    # 4 Price
     if args.objective == "fisher":
         policy, policy.settings["trust"] = trust_skips(policy, model, up_to(2 * LONG, priced[len(priced) // 2 :]))
-    goals = [goal_cost(s, L, overhead) for s in targets]
     calibrate_prices(policy, model, priced, targets, goals)
     before = []
     if args.train_model:
@@ -332,24 +361,14 @@ def main():
         reinforce.save_base(model, out / "model.safetensors")
         policy.fingerprint = settings["fingerprint"] = model.fingerprint()
         policy.settings |= {"model": str(out / "model.safetensors"), "fingerprint": policy.fingerprint}
-        cache_codes(model, pool)
-        model.quantize(int4=settings["int4"])
+        round_weights()
         calibrate_prices(policy, model, priced, targets, goals)
     policy.save(out / "policy.safetensors")
 
-    def spent(rows):
-        """What DASH, which `compare` runs just before the others, spent on the same example, padding left out: what they may spend."""
-        example = next(e for e in test if e.rows is rows)
-        return mean_cost(policy.states[:, example.keep()], costs)
-
-    generator = torch.Generator().manual_seed(args.seed)
-    free = free_skips(costs) if args.cost == "bits" else costs  # the clock has only timed skips that fill keys and values
-    static = lambda rows: one_plan(static_plan(damage, free, spent(rows))[1], scale)
-    equal = lambda rows: Fixed(random_states((L, *rows.shape), spent(rows), costs, generator), scale)
-    int8 = Fixed([4] + [2] * (L - 1))
+    # 5 Compare
     names = ["full model", f"DASH at {args.speedup:g}x", "static, same cost", "random states, same cost", "all INT8"]
-    rows = compare(model, test, [None, policy.at(args.speedup), static, equal, int8]) + before
     names += ["before training the base: full", f"before: DASH at {args.speedup:g}x"] if before else []
+    rows = compare(model, test, [None, policy.at(args.speedup), *at_its_cost(policy, damage, test, args.seed)]) + before
     how = f"INT4 by GPTQ, objective {args.objective} on {n_tokens(examples)} tokens, horizon {horizon}"
     if policy.settings.get("trust", 1.0) < 1:
         how += f"; of what skips do, {policy.settings['trust']:g} of the predicted spread is trusted"
@@ -358,6 +377,23 @@ def main():
         how += f"; by the measured times DASH decodes {promised:.2f}x as fast as the full model"
     wrote = "policy.safetensors" + (", model.safetensors (give it as --model)" if args.train_model else "")
     report(out, names, rows, test, args, model, settings, how, wrote)
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    text = load_text(args.data, "train", args.data_dir)
+    load_text(args.data, "test", args.data_dir)  # not there: say so before an hour's work
+    model, tokenizer = load(args.model, device, torch.float32)
+    refuse_own_input(args, model.base)
+    context = model.config.block_size
+    choice = is_choice(args.data)
+    read = lambda split, n, size: load_examples(args.data, split, tokenizer, n, context if choice else min(size, context), args.data_dir,
+                                                device, spread=True)
+    some = lambda n: up_to(n * LONG, read("train", 10**6 if choice else n, LONG))  # n windows, or items of as many tokens
+    train = train_routers if args.objective in routers.KINDS else train_scorer
+    train(args, text, model, tokenizer, read, some)
 
 
 if __name__ == "__main__":
