@@ -31,7 +31,6 @@ BEGAN = time.time()  # when the process began, for the seconds in results
 # Files
 
 NO_MEMORY = "can't allocate memory"  # what PyTorch says of a CPU's, in a RuntimeError
-NO_GPU_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # and of a GPU's, where it is no OutOfMemoryError
 ELSEWHERE = "choose another folder (--out, --results, or XDG_CACHE_HOME for the cache)"
 
 
@@ -89,10 +88,8 @@ def refusing(path, what, remedy):
     """Whatever goes wrong inside over what a file holds becomes a ValueError of one line: path, what it is not, why, the remedy."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):  # not the file's fault
-        raise
     except Exception as e:  # whatever a damaged file leads to
-        if NO_MEMORY in str(e):
+        if isinstance(e, MemoryError) or NO_MEMORY in str(e) or lacks_memory(e):  # not the file's fault
             raise
         raise ValueError(f"{path} {what} ({reason(e)}); {remedy}") from None
 
@@ -297,6 +294,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
+def lacks_memory(e):
+    """Whether an error says that a GPU's memory is full: PyTorch's, CUDA's, cuBLAS's or Triton's, or one of a compiler or a capture that
+    followed it."""
+    if e is None:
+        return False
+    return isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e) or lacks_memory(e.__cause__ or e.__context__)
+
+
 def command_line(main):
     """Run a script's main: bad input, raised as ValueError or OSError, becomes one line on stderr and exit code 2."""
     if sys.stderr is None:  # closed; progress bars want one
@@ -317,8 +322,7 @@ def command_line(main):
         elif getattr(e, "filename", None):  # raised by the system, not by us
             why = f"{e.filename}: {e.strerror}; give another path, or make this one usable"
     except (MemoryError, RuntimeError) as e:
-        before = e.__context__  # a capture that lacked memory ends with an error of its own
-        if isinstance(e, torch.OutOfMemoryError) or isinstance(before, torch.OutOfMemoryError) or any(words in str(e) for words in NO_GPU_MEMORY):
+        if lacks_memory(e):
             size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             why = (f"the {size / 1e9:.0f} GB of the GPU's memory are full; give a smaller --model, --limit or --samples, a shorter --prompt, "
                    "or --device cpu")
@@ -348,5 +352,4 @@ def pick_device(name):
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {name}: PyTorch finds no such CUDA device here; use --device cpu")
         torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current device
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan, 30 ms, for every length of a prompt and of the cache
     return device

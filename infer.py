@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from common import Parser, command_line, pick_device
+from common import Parser, command_line, lacks_memory, pick_device
 from model import CHUNK, Block, KVCache, load
 from policy import Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
 from quant import CHOSEN, compiled
@@ -175,9 +175,9 @@ class Engine:
         if self.compiled and f not in self.plain:
             try:
                 return self.compiled(f)(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as e:  # whatever compilers raise; before any capture, since capture calls f first
+            except Exception as e:  # whatever compilers raise; in a capture it is not they: that calls f before
+                if lacks_memory(e) or self.backend is torch.cuda and torch.cuda.is_current_stream_capturing():
+                    raise
                 self.plain.add(f)
                 why = f"not compiled, {type(e).__name__}: {e}".splitlines()[0][:200]
                 CHOSEN[(f.__name__,)] = {"kernel": why}

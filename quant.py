@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import read_safetensors, refusing, write_safetensors
+from common import lacks_memory, read_safetensors, refusing, write_safetensors
 
 GROUP = 64  # inputs that share one INT4 scale and zero
 DAMPING = 0.01  # GPTQ adds this share of the mean of the Hessian's diagonal to the diagonal
@@ -549,9 +549,9 @@ def choose(key, layouts, reference, device, clock=gpu_microseconds):
                 if off < 0.02:
                     times[name] = clock(name, x, tensors, key[1])
                 found[name] = times.get(name, f"wrong by {off:.2g}")
-            except torch.OutOfMemoryError:
-                raise
             except Exception as e:  # whatever compilers and operators raise for shapes or machines that they do not serve
+                if lacks_memory(e):
+                    raise
                 found[name] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         CHOSEN[key] = found | {"kernel": min(times, key=times.get, default="reference")}
         if not times or any(name.endswith("compiled") and name not in times for name in found):

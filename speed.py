@@ -196,9 +196,15 @@ def speed(args):
 
     # Tokens/s of each path and of the peers
     uniform = {f"all {name}": path for name, path in uniform_paths(L).items()}
+    contenders = {name: lambda p=p: step(p) for name, p in uniform.items()}
+    bf16 = "all bf16"  # what INT8 and INT4 are compared with
+    if device.type == "cuda":  # there the full model is one graph, and routed blocks are one each
+        bf16 = "all bf16, a graph a block"
+        half = with_blocks(model, model.blocks[: L // 2])
+        contenders |= {bf16: lambda: step(Fixed([4] * L)), "half the blocks": lambda: run(Fixed([4] * (L // 2)), m=half)["step_s"]}
     theirs = peers(model, tokenizer.encode(prompt), tokens, threads, device) if args.model == "smollm2" else {}
-    seconds = in_rounds(args.rounds, {name: lambda p=p: step(p) for name, p in uniform.items()} | theirs)
-    per_second = {name: 1 / statistics.median(v) for name, v in seconds.items()}
+    seconds = in_rounds(args.rounds, contenders | theirs)
+    per_second = {name: 1 / statistics.median(v) for name, v in seconds.items() if name != "half the blocks"}
 
     # The latency table: T = overhead + sum over blocks of ms(state), from the uniform paths and a token without blocks
     @torch.inference_mode()
@@ -208,15 +214,11 @@ def speed(args):
         int(model.logits(model.norm(x))[0].argmax())
 
     total = {name: statistics.median(v) * 1000 for name, v in seconds.items()}
-    blocks = [total[name] for name in uniform]
-    if device.type == "cuda":  # where the full model is one graph, and routed blocks are one each
-        half = with_blocks(model, model.blocks[: L // 2])
-        both = in_rounds(args.rounds, {"all": lambda: step(Fixed([4] * L)), "half": lambda: run(Fixed([4] * (L // 2)), m=half)["step_s"]})
-        blocks[0], half_ms = (1000 * statistics.median(v) for v in both.values())
-        overhead = beside_blocks(blocks[0], half_ms, L)
+    if device.type == "cuda":
+        overhead = beside_blocks(total[bf16], total["half the blocks"], L)
     else:
         overhead = 1000 * statistics.median(statistics.median(repeat(no_blocks, number=1, repeat=50)) for _ in range(args.rounds))
-    table = block_times(*blocks, overhead, L)
+    table = block_times(*(total[name] for name in (bf16, "all INT8", "all INT4", "all skipped")), overhead, L)
 
     # Routed decoding against the same states known ahead, and what the latency table promises for them
     routed = []
@@ -255,7 +257,7 @@ def speed(args):
         "policy": settings_of(policy),
         "ratios": {"bf16 / transformers bf16": ratio(seconds, "transformers bf16", "all bf16") if "transformers bf16" in seconds else None,
                    "INT4 / llama.cpp Q4_1": ratio(seconds, "llama.cpp Q4_1", "all INT4") if "llama.cpp Q4_1" in seconds else None,
-                   "INT8 / bf16": ratio(seconds, "all bf16", "all INT8"), "INT4 / bf16": ratio(seconds, "all bf16", "all INT4")},
+                   "INT8 / bf16": ratio(seconds, bf16, "all INT8"), "INT4 / bf16": ratio(seconds, bf16, "all INT4")},
         "latency_ms": table | {"overhead": overhead, "full_overhead": total["all bf16"] - L * table["4"], "decision": decision}, "routed": routed,
         "frontier": frontier and by_the_clock(frontier, clock, decision),
         "first_token": {"prompt_tokens": len(tokenizer.encode(long_prompt)), "speedup_target": 1.67, "routed / full": ratio(values, "routed", "full"),

@@ -30,6 +30,7 @@ def table(args):
     if "cnn_dm" in tasks:
         rouge()  # not installed: say so before an hour's work
     for task in tasks:
+        model = None  # of the last task: a GPU may not have room for two
         asked = [(m, s) for m in SKIPS for s in ASKED] + [("int8", 1.0), ("int4", 1.0)]
         asked += [(m, s) for m in ("static_mix", "dash") for s in (*ASKED, *FASTER)]
         metric, rows, model, facts = rank(args, task, asked, TASKS.get(task, 4), timed=task in TEXTS, priced=True)
@@ -44,8 +45,7 @@ def table(args):
         caption = (f"{task}, test, n = {facts['n']} ({facts['tokens']} tokens): {metric}{'' if metric == 'perplexity' else ', %'}"
                    f"{', KL to the full model, nats' if metric == 'accuracy' else ''} [95% interval] "
                    f"(speedup {how}). INT4 codes: {facts['int4']}; dash: {trained}.")
-        publish(args, f"table-{task}", model, caption=caption, markdown=markdown, metric=metric, rows=rows,
-                **facts)
+        publish(args, f"table-{task}", model, caption=caption, markdown=markdown, metric=metric, rows=rows, **facts)
 
 
 def table_cells(rows, metric):
@@ -349,6 +349,7 @@ def transfer(args):
                          f"'out-{{task}}/policy.safetensors' (given: {args.policy})")
     found, sizes, codes = {trained: {} for trained in there}, {}, {}
     for tested in tasks:
+        model = None  # of the last task: a GPU may not have room for two
         model, _, _, _, examples = at_hand(args, tested, TASKS[tested], path=next(iter(there.values())))
         sizes[tested] = len(examples)
         for trained, file in tqdm(there.items(), desc=tested):

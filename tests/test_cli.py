@@ -369,7 +369,7 @@ def test_an_environment_without_a_home_or_with_a_notebook_s_backend():
 
 
 @pytest.mark.parametrize("errors", [[torch.OutOfMemoryError("CUDA out of memory. Tried")], [RuntimeError("CUDA error: out of memory\nCompile with")],
-                                    [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
+                                    [RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], [RuntimeError("Triton Error [CUDA]: out of memory")],
                                     [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("operation failed due to a previous error during capture")]])
 def test_a_full_gpu_is_no_crash(monkeypatch, capsys, errors):
     def main(first, *others):
