@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from common import format_table
 from data import kl, n_tokens, outcomes
-from policy import STATE_OF, STATES, Fixed, bit_costs, bucket, lowest_price, mean_cost, possible, random_states, state_shares, static_plan
+from policy import STATE_OF, STATES, Fixed, bit_costs, lowest_price, mean_cost, position_bucket, possible, random_states, state_shares, static_plan
 
 
 @dataclass
@@ -261,7 +261,7 @@ def position_mix(known, speedup):
     costs = known.costs.cpu()
 
     def draw(tokens):  # within the cost asked for in a window as long as this one
-        of_tokens = damage[bucket(torch.arange(tokens.shape[1]))].transpose(0, 1)  # (L, T, 4)
+        of_tokens = damage[position_bucket(torch.arange(tokens.shape[1]))].transpose(0, 1)  # (L, T, 4)
         at = lambda mu: STATES[(of_tokens + mu * costs).argmin(-1)]
         return Fixed(at(lowest_price(lambda mu: mean_cost(at(mu), costs), 4 / speedup))[:, None], known.scale)
 

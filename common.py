@@ -299,7 +299,8 @@ def lacks_memory(e):
     followed it."""
     if e is None:
         return False
-    return isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e) or lacks_memory(e.__cause__ or e.__context__)
+    full = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e)
+    return full or lacks_memory(e.__cause__ or e.__context__)
 
 
 def command_line(main):

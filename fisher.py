@@ -24,7 +24,7 @@ from tqdm import tqdm
 from baselines import sensitivities
 from common import descend, write_whole
 from data import outcomes
-from policy import POSITIONS, bucket, plan
+from policy import POSITIONS, plan, position_bucket
 
 SHARE = 0.1  # of a label: what every token has of the mean of its block and state
 
@@ -205,7 +205,7 @@ def learn(scorer, model, examples, few, scale, horizon, checkpoint, log_path):
     mean, log = fit(scorer, labels, inputs, horizon, checkpoint.seed)
     write_whole(log_path, "".join(json.dumps(line) + "\n" for line in log).encode())
     table = mean.repeat(POSITIONS, 1, 1)
-    where = bucket(position)
+    where = position_bucket(position)
     for p in where.unique():
         table[p] = labels[where == p].mean(0)
     pad = lambda t: F.pad(t, (0, 1, 1, 0)).cpu()  # a column for state 4 and a row for block 1: no damage

@@ -131,6 +131,7 @@ class Scorer(nn.Module):
     the distance from s); the network gives the damage's logarithm. Two hidden layers of `width`. Input: h RMS-normalised, standardised
     per channel (`mean`, `std`), clamped to +-`CLAMP`, and two features of the position t, [t = 0] and 1 / (1 + t). One decision is a
     handful of small operators, however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
+    With lam = 0, labels (fisher.py), which do not know s, leave q the same for all s; the policy gradient does not.
 
     Others use `features`, `of_blocks`, `log_damage`, `q`, and the tensors mean, std and bias; `Policy.load` makes one of the width of a file.
     """
@@ -314,7 +315,7 @@ def static_plan(damage, costs, target):
 POSITIONS = 11  # buckets of positions: t = 0, 1, 2-3, 4-7, ..., 512 and beyond
 
 
-def bucket(t):
+def position_bucket(t):
     """Positions t, an int64 tensor of any shape -> their bucket 0..POSITIONS - 1, the number of binary digits of t, at most POSITIONS - 1."""
     return torch.bucketize(t, 2 ** torch.arange(POSITIONS - 1, device=t.device), right=True)
 

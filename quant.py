@@ -319,7 +319,7 @@ class Int8Weight:
             self.kernel = "int8pack"
         if codes.is_cuda and dtype == torch.bfloat16:
             layouts = dict.fromkeys(("int8 compiled", "int8 aten"), self.tensors)
-            self.kernel = choose((8, self.N, self.K), layouts, lambda x: F.linear(x, dequantize_int8(codes, scale)), codes.device)
+            self.kernel = choose_kernel((8, self.N, self.K), layouts, lambda x: F.linear(x, dequantize_int8(codes, scale)), codes.device)
 
     def tensors(self):
         return [self.codes, self.scale]
@@ -397,7 +397,7 @@ class Int4Weight:
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
             candidates = {"int4 compiled": nibbles} | {
                 f"int4 aten {t}": lambda t=t: [torch._convert_weight_to_int4pack(pairs, t), interleaved()] for t in TILES}
-            self.kernel = choose((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
+            self.kernel = choose_kernel((4, N, K), candidates, lambda x: F.linear(x, dequantize_int4(codes, scale, zero)), codes.device)
             layouts |= candidates
         self.codes, self.scale_zero = layouts[self.kernel]()
         self.nibbles = pack_nibbles(codes) if self.kernel.startswith("int4 aten") else None
@@ -532,7 +532,7 @@ def gpu_microseconds(name, x, tensors, N):
     return 1000 * min(times) / (5 * len(copies))
 
 
-def choose(key, layouts, reference, device, clock=gpu_microseconds):
+def choose_kernel(key, layouts, reference, device, clock=gpu_microseconds):
     """The fastest kernel for a weight, measured once per key (bits, N, K) and kept in CHOSEN: its name.
 
     layouts: {name of ROW_KERNELS: function giving the weight's tensors in its layout}; reference: x (1, K) -> (1, N), in fp32.
@@ -608,7 +608,7 @@ class RoutedLinear(nn.Module):
     def choose_row(self):
         """On a GPU in bf16, the kernel for one row in state 4."""
         if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
-            self.kernel = choose((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()),
+            self.kernel = choose_kernel((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()),
                                  self.weight.device)
 
     @torch.no_grad()

@@ -446,11 +446,11 @@ def test_the_fastest_right_kernel_is_chosen_and_recorded(monkeypatch):
     monkeypatch.setattr(quant, "CHOSEN", {})
     measured, layouts = [], dict.fromkeys(kernels, lambda: [w.bfloat16()])
     for _ in range(2):  # measured once
-        assert quant.choose((16, 16, 64), layouts, lambda x: x @ w.T, "cpu", lambda name, *_: measured.append(name) or times[name]) == "fast"
+        assert quant.choose_kernel((16, 16, 64), layouts, lambda x: x @ w.T, "cpu", lambda name, *_: measured.append(name) or times[name]) == "fast"
     assert measured == ["slow", "fast"]
     found = quant.CHOSEN[16, 16, 64]
     assert found["fast"] == 3.0 and "wrong by" in found["wrong"] and "no_such_thing" in found["broken"] and "wrong by nan" in found["nan"]
-    assert quant.choose((16, 16, 64, "other"), {"broken": layouts["broken"]}, lambda x: x @ w.T, "cpu") == "reference"
+    assert quant.choose_kernel((16, 16, 64, "other"), {"broken": layouts["broken"]}, lambda x: x @ w.T, "cpu") == "reference"
 
 
 GPT_FAST = """

@@ -244,7 +244,7 @@ def test_static_plan_by_hand():
 
 
 def test_buckets_and_a_plan_by_position():
-    assert P.bucket(torch.tensor([0, 1, 2, 3, 4, 7, 8, 511, 512, 9999])).tolist() == [0, 1, 2, 2, 3, 3, 4, 9, 10, 10]
+    assert P.position_bucket(torch.tensor([0, 1, 2, 3, 4, 7, 8, 511, 512, 9999])).tolist() == [0, 1, 2, 2, 3, 3, 4, 9, 10, 10]
     damage = torch.zeros(P.POSITIONS, 3, 4)
     damage[..., :3] = torch.tensor([9.0, 2.0, 0.5])
     damage[0, 1, 1] = 0.1  # at t = 0 the second block bears INT4
