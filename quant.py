@@ -608,8 +608,8 @@ class RoutedLinear(nn.Module):
     def choose_row(self):
         """On a GPU in bf16, the kernel for one row in state 4."""
         if self.weight.is_cuda and self.weight.dtype == torch.bfloat16:
-            self.kernel = choose_kernel((16, *self.weight.shape), {"bf16 compiled": lambda: [self.weight]}, lambda x: F.linear(x, self.weight.float()),
-                                 self.weight.device)
+            layouts = {"bf16 compiled": lambda: [self.weight]}
+            self.kernel = choose_kernel((16, *self.weight.shape), layouts, lambda x: F.linear(x, self.weight.float()), self.weight.device)
 
     @torch.no_grad()
     def quantize(self, real, int4=None):
