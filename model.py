@@ -25,6 +25,7 @@ import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -164,6 +165,18 @@ def weigh(scale, x, y):
     return y if gain is None else torch.lerp(x, y, gain.to(y.dtype))
 
 
+class SkippedKV(NamedTuple):
+    """How a block keeps keys and values of the tokens that skip it (`kv` in policy.py): source (B * T, C), what they are made of, its input if
+    None; fill: whether they are made; seen (B, 1, 1, S) bool: which of all S positions may be attended to, all if None."""
+
+    source: torch.Tensor | None = None
+    fill: bool = True
+    seen: torch.Tensor | None = None
+
+
+FILL = SkippedKV()
+
+
 class Block(nn.Module):
     """One block; its `linears` have three precisions. c: weights.Config."""
 
@@ -209,17 +222,17 @@ class Block(nn.Module):
     def mlp(self, s, h):
         return self.down(self.gate_up(h, s, norm=self.norm2, glu=True), s, residual=h)
 
-    def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None, fill=True):
+    def attention_half(self, x, B, groups, scale, rope, cache=None, i=0, kv=FILL):
         """x + Attention(RMSNorm(x)), or scale * x where the state is 0. Arguments as `forward`."""
         c = self.c
         executed = [group for group in groups if group[0]]
-        source = x if source is None else source
+        source = x if kv.source is None else kv.source
         if not executed:
-            if cache is not None and fill:  # else nobody may ask for keys and values
+            if cache is not None and kv.fill:  # else nobody may ask for keys and values
                 k, v = self.qkv(source, "fill", norm=self.norm1).view(B, -1, 2 * c.n_kv_head, c.head_dim).chunk(2, dim=2)
                 cache.store(rotate(self.k_norm(k) if c.qk_norm else k, rope), v, i)
             return skip(scale, x)
-        qkv = run(groups if fill else executed, self.project, self.q_size + 2 * self.kv_size, source)
+        qkv = run(groups if kv.fill else executed, self.project, self.q_size + 2 * self.kv_size, source)
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
         if c.qk_norm:
@@ -227,7 +240,7 @@ class Block(nn.Module):
         qk = rotate(qk, rope)
         q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
-        y = self.attend(q, k, v, mask if seen is None else seen)
+        y = self.attend(q, k, v, mask if kv.seen is None else kv.seen)
         return run(groups, lambda s, y, x: self.o(y, s, residual=x) if s else skip(scale, x), x.shape[1], y, x)
 
     def mlp_half(self, h, groups, scale=1.0):
@@ -235,15 +248,13 @@ class Block(nn.Module):
         # `forward` leaves `scale` at 1: attention_half has scaled a skipped block
         return run(groups, lambda s, h: self.mlp(s, h) if s else skip(scale, h), h.shape[1], h)
 
-    def forward(self, x, B, groups, scale, rope, cache=None, i=0, source=None, seen=None, fill=True):
+    def forward(self, x, B, groups, scale, rope, cache=None, i=0, kv=FILL):
         """Run block i with every token in its state.
 
         x (B * T, C) rows; groups: [(state, rows)] from `by_state`; scale: a_i of Eq 6; rope: cos and sin of the T
-        positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours. source (B * T, C): what skipped tokens make their
-        keys and values of, x if None; seen (B, 1, 1, S) bool: which of all S positions may be attended to, all if None; fill: whether
-        skipped tokens make keys and values. Returns (B * T, C).
+        positions; cache: KVCache (or infer.Bucket) or None, i: which of its layers is ours; kv: of skipped tokens. Returns (B * T, C).
         """
-        h = self.attention_half(x, B, groups, scale, rope, cache, i, source, seen, fill)
+        h = self.attention_half(x, B, groups, scale, rope, cache, i, kv)
         return self.mlp_half(h, groups) if any(s for s, _ in groups) else h  # all skipped: attention_half has scaled them
 
 
@@ -384,25 +395,26 @@ class LLM(nn.Module):
 
         x = self.embed(tokens).view(B * T, -1)
         rope = self.rope(start, T)
-        rows, kv = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
+        rows, mode = (1, "fill") if policy is None else (len(policy.scale) // len(self.blocks), policy.kv)
         # kv (policy.py) "copy" needs each token's input to the last block that it ran, `source`. "none" leaves holes, which stay in the cache, so
         # whoever continues it looks too: `seen` (B, 1, 1, S) says which positions have keys and values
-        source = x if kv == "copy" else None
-        fill = kv != "none"
+        source = x if mode == "copy" else None
+        fill = mode != "none"
         holes = not fill or (cache is not None and cache.written is not None)
         seen = None
         for i, block in enumerate(self.blocks):
             row = i * rows
             groups, scale = decided(row)
-            if kv == "copy":
+            if mode == "copy":
                 source = torch.where(policy.states[row].view(-1, 1) > 0, x, source)
             if holes:
                 ran = fill or policy.states[row] > 0
                 seen = (cache.mark(i, T, ran) if cache else ran)[:, None, None]
+            kv = SkippedKV(source, fill, seen)
             if rows == 1:
-                x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, source, seen, fill))
+                x = weigh(scale, x, block(x, B, groups, scale, rope, cache, i, kv))
             else:
-                x = weigh(scale, x, block.attention_half(x, B, groups, scale, rope, cache, i, source, seen, fill))
+                x = weigh(scale, x, block.attention_half(x, B, groups, scale, rope, cache, i, kv))
                 groups, scale = decided(row + 1)
                 x = weigh(scale, x, block.mlp_half(x, groups, scale))
         if cache:
