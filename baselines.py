@@ -129,6 +129,18 @@ def without(known, blocks):
     return one_plan(states)
 
 
+def by_name(method, known, speedup):
+    """What a method of this file gives, bare states (L,) as the plan that they are. ValueError where it gives nothing of the kind."""
+    found = globals()[method](known, speedup)
+    if isinstance(found, (list, torch.Tensor)):
+        if len(found) != known.L or not torch.isin(torch.as_tensor(found), STATES).all():
+            raise ValueError(f"{method} gives {found}; give {known.L} states of 0, 1, 2 and 4")
+        found = one_plan(torch.as_tensor(found))
+    if not (hasattr(found, "decide") or callable(found)):
+        raise ValueError(f"{method} gives {found!r}; give states, a policy, or a function of the tokens that returns one")
+    return found
+
+
 def to_two_digits(speedup):
     """The least speedup that rounds to this one: 1.67 stands for 5/3."""
     return max(1.0, speedup - 0.005)

@@ -133,7 +133,7 @@ def main():
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     args = p.parse_args()
     if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:
-        raise ValueError("--limit, --rounds and --steps must be at least 1")
+        raise ValueError(f"--limit, --rounds and --steps must be at least 1: they are {args.limit}, {args.rounds}, {args.steps}")
     if not 1 <= args.speedup < float("inf"):
         raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
     if args.task and args.command in ("speed", "transfer", "report"):

@@ -103,7 +103,8 @@ def write_safetensors(path, tensors, **meta):
 def open_safetensors(path, maker="python train.py"):
     """What `write_safetensors` wrote, open: (file, meta). Errors, of what is read from it too, name the path and the command that makes it."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing or not a file; make it with {maker}")
+        what = "a folder: give the file in it, or" if Path(path).is_dir() else "missing or not a file;"
+        raise FileNotFoundError(f"{path} is {what} make it with {maker}")
     open(path, "rb").close()  # may not be read: says so itself
     with refusing(path, "is damaged or not ours", f"give another file, or move it away and make it anew with {maker}"), safe_open(path, "pt") as f:
         meta = json.loads((f.metadata() or {})["dash"])
@@ -153,7 +154,7 @@ class Checkpoint:
         if not resume:
             write_whole(self.begun, json.dumps(settings).encode())
         elif not self.path.exists() or (self.begun.exists() and read_json(self.begun) == settings):
-            print(f"--resume: {path} is not there, or an older run's, so what it would hold starts anew", file=sys.stderr)
+            print(f"--resume: this run has left no {path} yet, so what it would hold starts anew", file=sys.stderr)
         else:
             with open_safetensors(path) as (_, meta):
                 self.meta = meta
@@ -332,9 +333,9 @@ def command_line(main):
         else:
             raise
     except KeyboardInterrupt:
-        why = "interrupted; what it had written is kept"
+        why = "interrupted"
         if Path(sys.argv[0]).name == "train.py":
-            why += ", and --resume goes on from it"
+            why += "; --resume goes on from what it had written"
     print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
     sys.exit(2)
 

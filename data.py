@@ -138,7 +138,8 @@ def load_text(name, split, data_dir=None, choice=None):
             return "".join(row["text"] for row in hub_rows(name, split))
         return read_text(Path(data_dir) / "wikitext2" / f"{split}.txt")
     if not Path(name).is_file():
-        raise FileNotFoundError(f"unknown data {name!r}: give pydocs, wikitext2, cnn_dm, {', '.join(CHOICE_TASKS)}, or a file that is there")
+        what = f"{name} is a folder" if Path(name).is_dir() else f"unknown data {name!r}"
+        raise FileNotFoundError(f"{what}: give pydocs, wikitext2, cnn_dm, {', '.join(CHOICE_TASKS)}, or a file that is there")
     text = read_text(name)
     cut = len(text) * 4 // 5
     return text if split is None else text[:cut] if split == "train" else text[cut:]

@@ -99,8 +99,7 @@ def make_policy(method, speedup, known, model, policy, path):
     if method == "static_mix" and known.damage is None:
         known.scale = profile(model, known.samples)["norm_ratio"].tolist()
         known.damage = sensitivities(model, text_examples(known.samples[:4]), known.scale)
-    found = getattr(baselines, method)(known, speedup)
-    return baselines.one_plan(torch.as_tensor(found)) if isinstance(found, (list, torch.Tensor)) else found
+    return baselines.by_name(method, known, speedup)
 
 
 def with_kv(policy, kv):

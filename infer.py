@@ -13,6 +13,7 @@ import codecs
 import gc
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -354,6 +355,16 @@ def engine_for(model, policy, size):
     return model.engine
 
 
+def prompt_ids(model, tokenizer, prompt, chat=False):
+    """The ids of a prompt, text or the user's turn of a chat. ValueError for an empty one, and one that leaves no room in the context."""
+    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode_prompt(prompt)
+    if not prompt or not ids:
+        raise ValueError("the prompt is empty; give at least one character that the tokenizer knows")
+    if len(ids) >= model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, this model's context is {model.config.block_size}; shorten the prompt")
+    return ids
+
+
 @torch.inference_mode()
 def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperature=0.0, seed=0, chat=False, on_token=None, sync=False,
              eager=False, ignore_eos=False):
@@ -365,21 +376,16 @@ def generate(model, tokenizer, prompt, policy=None, max_new_tokens=128, temperat
     "step_s" (seconds of the prompt, and median from one token's coming to the next one's), "tokens_per_second". Where no second token
     came, step_s is that of the prompt. `on_token(id, text, states)` is called as tokens come; its text never ends in half a character. sync: on
     a GPU, decide on the stream that runs the blocks; eager: without CUDA graphs; ignore_eos: go on after an end token.
-    ValueError for an empty prompt, one that leaves no room in the context, max_new_tokens below 1, and logits that are not finite.
+    ValueError as `prompt_ids`, for max_new_tokens below 1, and for logits that are not finite.
     """
-    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode_prompt(prompt)
-    room = model.config.block_size - len(ids)
-    if not prompt or not ids:
-        raise ValueError("the prompt is empty; give at least one character that the tokenizer knows")
-    if room < 1:
-        raise ValueError(f"the prompt has {len(ids)} tokens, this model's context is {model.config.block_size}; shorten the prompt")
+    ids = prompt_ids(model, tokenizer, prompt, chat)
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     if policy is not None:
         model.quantize_for(policy)  # `LLM.hidden` would do it too late: an engine captures the weights that there are
     L = model.config.n_layer
     generator = torch.Generator().manual_seed(seed)
-    most = min(max_new_tokens, room)
+    most = min(max_new_tokens, model.config.block_size - len(ids))
     engine = None if eager else engine_for(model, policy, len(ids) + most)
     if engine:
         engine.wait()
@@ -440,7 +446,7 @@ def paint(text, state, color):
 def show_states(tokenizer, out, costs, color):
     width = shutil.get_terminal_size().columns
     legend = "  ".join(paint(word, s, color) for word, s in ((". skip", 0), ("1 INT4", 1), ("2 INT8", 2), ("4 full", 4)))
-    print(f"\nhow each token was made, block 1 to {len(out['states'])}, and its mean cost     {legend}")
+    print(f"\nblocks 1 to {len(out['states'])}, their mean cost, token     {legend}")
     for token, states in zip(out["tokens"], out["token_states"].T.tolist()):
         cost = mean_cost(torch.tensor(states), costs)
         line = f" {cost:4.2f}  {json.dumps(tokenizer.decode([token]), ensure_ascii=False)}"
@@ -470,6 +476,8 @@ def main():
     args = arguments()
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least 1")
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)
@@ -480,8 +488,9 @@ def main():
         model.quantize(real=True, int4=policy.int4)
     else:
         model.ready_to_decode()
+    prompt_ids(model, tokenizer, args.prompt, args.chat)  # refused before anything is printed
     costs = bit_costs(model.config)
-    color = sys.stdout and sys.stdout.isatty()
+    color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)
     # a reference that ended at once would time the prompt
     timed = lambda p, tokens: generate(model, tokenizer, args.prompt, p, tokens, ignore_eos=True, **options)["tokens_per_second"]

@@ -25,6 +25,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def arguments():
     if args.skip is not None and not gates:
         raise ValueError(f"--skip is for --objective {', '.join(routers.KINDS)}; give --speedup")
     if args.steps < 1 or args.samples < 1 or (args.horizon or 0) < 0:
-        raise ValueError("--steps and --samples must be at least 1, --horizon at least 0")
+        raise ValueError(f"--steps and --samples must be at least 1, --horizon at least 0: they are {args.steps}, {args.samples}, {args.horizon}")
     if args.objective != "rl" and (args.start or args.lam != reinforce.LAM or args.beta is not None or args.no_weights):
         raise ValueError("--start, --lam, --beta and --no-weights are for --objective rl")
     if not all(0 <= v < 1e30 for v in (args.lam, args.beta or 0.0)):
@@ -324,6 +325,11 @@ def train_scorer(args, text, model, tokenizer, read, some):
                 "features": digest(str(seen))}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume) if args.train_model else None
+    if args.objective == "fisher" and not args.train_model and "--steps" in sys.argv:
+        print("note: --steps changes nothing here: labels have none, and --samples says how many there are", file=sys.stderr)
+    if min(n_tokens(examples), n_tokens(test)) < WINDOW:
+        print(f"note: {args.data} has {n_tokens(examples)} tokens to learn from and {n_tokens(test)} to test on; some {12 * LONG} and {4 * LONG} "
+              "make a policy", file=sys.stderr)
 
     # 1 Calibrate
     found = profile(model, samples)

@@ -44,7 +44,7 @@ def known(model):
 def test_decoding_equals_the_parallel_pass(model, known, method):
     """Every method but adaskip's online part, which is replayed; cached in uneven pieces."""
     tokens = torch.randint(0, 300, (2, 40))
-    policy = baselines.for_tokens(getattr(baselines, method)(known, 1.33), tokens)
+    policy = baselines.for_tokens(baselines.by_name(method, known, 1.33), tokens)
     cached, states = decode(model, tokens, policy, [9, 1, 1, 5] + [1] * 24)
     whole = model(tokens, Fixed(states, policy.scale, policy.kv) if method == "adaskip" else policy)
     assert (whole - cached).abs().max() < 2e-3 * whole.abs().max()
@@ -56,7 +56,7 @@ def test_decoding_equals_the_parallel_pass(model, known, method):
 def test_what_is_not_written_is_never_read(model, known, method):
     """Fixed and growing skip sets: the same logits whether skipped tokens fill their keys and values or leave holes, at no cost."""
     tokens = torch.randint(0, 300, (2, 30))
-    policy = baselines.for_tokens(getattr(baselines, method)(known, 1.5), tokens)
+    policy = baselines.for_tokens(baselines.by_name(method, known, 1.5), tokens)
     assert policy.kv == "none" and float(bit_costs(model.config, policy).flatten()[0]) == 0
     holes, _ = decode(model, tokens, policy, [10] + [1] * 20)
     filled, _ = decode(model, tokens, Fixed(policy.given, policy.scale), [10] + [1] * 20) if method != "adaskip" else (holes, None)
@@ -69,7 +69,7 @@ def test_speedups_are_those_asked_for(model, known, speedup):
     tokens = torch.randint(0, 300, (4, 120))
     for method in SKIPS:
         try:
-            policy = baselines.for_tokens(getattr(baselines, method)(known, speedup), tokens)
+            policy = baselines.for_tokens(baselines.by_name(method, known, speedup), tokens)
         except ValueError as e:
             assert "out of reach" in str(e)
             continue
@@ -294,6 +294,10 @@ def test_a_new_method_is_a_function_that_returns_states(model, known, monkeypatc
     monkeypatch.setattr(baselines, "odd", lambda known, speedup: torch.where(known.similarity.mean(1) > 2, 0, 4), raising=False)
     policy = make_policy("odd", 1.33, baselines.Known(L, known.costs, samples=known.samples), model, None, "no policy")
     assert isinstance(policy, Fixed) and policy.given.tolist() == [4] * L
+    for wrong in (None, [4] * (L - 1), [4, *[3] * (L - 1)], 7):
+        monkeypatch.setattr(baselines, "odd", lambda known, speedup: wrong)
+        with pytest.raises(ValueError, match="odd gives"):
+            make_policy("odd", 1.33, known, model, None, "no policy")
     rows = [{"method": f"method {n}", "target": 1.33, "speedup": 1.3, "value": 0.5, "kl": 0.1} for n in range(12)]
     charts.table({"rows": rows, "metric": "accuracy", "caption": "arc_easy, test"})
 
