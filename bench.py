@@ -33,7 +33,7 @@ import json
 from pathlib import Path
 
 from charts import draw
-from common import Parser, command_line, folder, make_folder, pick_device, read_json, write_whole
+from common import Parser, command_line, count, folder, make_folder, pick_device, read_json, write_whole
 from data import CHOICE_TASKS, read_text
 from evaluate import METHODS, TEXTS, one_text, policy_path, rank
 from field import controllers, depth, kv, retain
@@ -120,11 +120,11 @@ def main():
     p.add_argument("--policy", default="out/policy.safetensors", help="made by train.py (%(default)s); {task} in it stands for the task's name")
     p.add_argument("--compare", nargs="*", default=[], help="frontier, ablation, figures: policies of other objectives, horizons or seeds")
     p.add_argument("--routers", nargs="*", default=[], help="controllers, kv, depth, retain: router.safetensors files of train.py")
-    p.add_argument("--limit", type=int, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, "
+    p.add_argument("--limit", type=count, help="how many windows, items, articles, requests a kind or shapes of --suite gpu; eval: default 8 windows, "
                    "100 items, 8 articles")
     p.add_argument("--full", action="store_true", help="evaluate all there are")
-    p.add_argument("--rounds", type=int, default=5, help="where time is measured: how often each contender runs, in turn (%(default)s)")
-    p.add_argument("--steps", type=int, default=25, help="multitoken: training steps for each length of a cycle (%(default)s)")
+    p.add_argument("--rounds", type=count, default=5, help="where time is measured: how often each contender runs, in turn (%(default)s)")
+    p.add_argument("--steps", type=count, default=25, help="multitoken: training steps for each length of a cycle (%(default)s)")
     p.add_argument("--out", default="out", help="multitoken: folder of its checkpoints (%(default)s)")
     p.add_argument("--resume", action="store_true", help="multitoken: go on after an interruption")
     p.add_argument("--suite", default="model", choices=["model", "gpu"], help="speed: of --model here, or of 7B shapes on a GPU")
@@ -132,8 +132,6 @@ def main():
     p.add_argument("--results", default="results", help="folder to write into (%(default)s)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     args = p.parse_args()
-    if min(1 if args.limit is None else args.limit, args.rounds, args.steps) < 1:
-        raise ValueError(f"--limit, --rounds and --steps must be at least 1: they are {args.limit}, {args.rounds}, {args.steps}")
     if not 1 <= args.speedup < float("inf"):
         raise ValueError(f"--speedup {args.speedup:g}: give 1 or more")
     if args.task and args.command in ("speed", "transfer", "report"):

@@ -267,6 +267,13 @@ def folder(text):
     return text
 
 
+def count(text):
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake gets one line, not the usage text."""
 

@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from common import Parser, command_line, lacks_memory, pick_device
+from common import Parser, command_line, count, lacks_memory, pick_device
 from model import CHUNK, Block, KVCache, load
 from policy import Fixed, Policy, Scorer, bit_costs, mean_cost, plan, speedup_bits, state_shares, walk
 from quant import CHOSEN, compiled
@@ -464,7 +464,7 @@ def arguments():
     p.add_argument("--policy", default="out/policy.safetensors", help="a policy made by train.py (%(default)s)")
     p.add_argument("--speedup", type=float, default=2.0, help="speedup in what the policy counts, bits or time (%(default)s); any for which it has a price")
     p.add_argument("--full", action="store_true", help="no policy: every block as loaded")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add to the prompt (%(default)s)")
+    p.add_argument("--max-new-tokens", type=count, default=128, help="tokens to add to the prompt (%(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--sync", action="store_true", help="on a GPU: decide on the stream that runs the blocks, not beside it")
     p.add_argument("--show-states", action="store_true", help="colour tokens by cost and draw the path of each")
@@ -476,8 +476,6 @@ def main():
     args = arguments()
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: at least 1")
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)

@@ -348,7 +348,7 @@ class Policy:
     def at(self, speedup, track=False):
         """Use the price for this speedup and return self. ValueError when no price was calibrated for it.
 
-        track: while decoding, let the price follow what was spent (`follow`), so that any text comes near the speedup.
+        track: while decoding, let the price follow what was spent (`follow`), so that what it adds comes near the speedup.
         """
         targets = [s for s, _ in self.prices]
         if not targets or not targets[0] <= speedup <= targets[-1]:

@@ -37,7 +37,7 @@ import reinforce
 import routers
 from baselines import Known, by_similarity, compare, comparison_table, free_skips, observe, one_plan, profile, public, quotient, without
 from charts import draw
-from common import BEGAN, Checkpoint, Parser, command_line, device_name, folder, lock_folder, pick_device, save_result, sha256
+from common import BEGAN, Checkpoint, Parser, command_line, count, device_name, folder, lock_folder, pick_device, save_result, sha256
 from data import CHOICE_TASKS, Example, is_choice, load_examples, load_text, n_tokens, text_examples, windows
 from model import load
 from policy import (Fixed, Policy, Scorer, bit_costs, goal_cost, latency_costs, lowest_price, mean_cost, most_speedup, plan, random_states,
@@ -189,8 +189,8 @@ def arguments():
     p.add_argument("--objective", default="fisher", choices=["fisher", "rl", *routers.KINDS],
                    help="fisher labels (the default), the paper's policy gradient, or the gates of routers.py")
     p.add_argument("--skip", type=int, help="gates: how many of its blocks (mindskip: attentions) a token skips in the mean")
-    p.add_argument("--samples", type=int, default=12, help="fisher: windows of 1,024 tokens to label (%(default)s)")
-    p.add_argument("--steps", type=int, help="steps of the policy gradient (40) or of the gates (150)")
+    p.add_argument("--samples", type=count, default=12, help="fisher: windows of 1,024 tokens to label (%(default)s)")
+    p.add_argument("--steps", type=count, help="steps of the policy gradient (40) or of the gates (150)")
     p.add_argument("--train-model", action="store_true", help="then train the base model too, for --steps steps; writes model.safetensors")
     p.add_argument("--start", help="rl: a policy whose scorer to start from, instead of static sensitivities")
     p.add_argument("--lam", type=float, default=reinforce.LAM, help="rl: weight of smoothness between the states of neighbouring blocks (Eq 8)")
@@ -200,14 +200,14 @@ def arguments():
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = p.parse_args()
     gates = args.objective in routers.KINDS
-    if args.steps is None:
+    if args.steps is None and (args.objective != "fisher" or args.train_model):  # labels have no steps
         args.steps = 150 if gates else 40
     if gates and (args.train_model or args.cost != "bits" or args.horizon is not None):
         raise ValueError("--train-model, --cost and --horizon are for the scorer of --objective fisher or rl")
     if args.skip is not None and not gates:
         raise ValueError(f"--skip is for --objective {', '.join(routers.KINDS)}; give --speedup")
-    if args.steps < 1 or args.samples < 1 or (args.horizon or 0) < 0:
-        raise ValueError(f"--steps and --samples must be at least 1, --horizon at least 0: they are {args.steps}, {args.samples}, {args.horizon}")
+    if args.horizon is not None and args.horizon < 0:
+        raise ValueError(f"--horizon {args.horizon}: give 0 or more")
     if args.objective != "rl" and (args.start or args.lam != reinforce.LAM or args.beta is not None or args.no_weights):
         raise ValueError("--start, --lam, --beta and --no-weights are for --objective rl")
     if not all(0 <= v < 1e30 for v in (args.lam, args.beta or 0.0)):
@@ -325,7 +325,7 @@ def train_scorer(args, text, model, tokenizer, read, some):
                 "features": digest(str(seen))}
     checkpoint = Checkpoint(out / "checkpoint.safetensors", settings, args.seed, args.resume)
     base = Checkpoint(out / "base.safetensors", settings, args.seed, args.resume) if args.train_model else None
-    if args.objective == "fisher" and not args.train_model and "--steps" in sys.argv:
+    if args.steps and settings["steps"] is None:
         print("note: --steps changes nothing here: labels have none, and --samples says how many there are", file=sys.stderr)
     if min(n_tokens(examples), n_tokens(test)) < WINDOW:
         print(f"note: {args.data} has {n_tokens(examples)} tokens to learn from and {n_tokens(test)} to test on; some {12 * LONG} and {4 * LONG} "
