@@ -129,18 +129,6 @@ def without(known, blocks):
     return one_plan(states)
 
 
-def by_name(method, known, speedup):
-    """What a method of this file gives, bare states (L,) as the plan that they are. ValueError where it gives nothing of the kind."""
-    found = globals()[method](known, speedup)
-    if isinstance(found, (list, torch.Tensor)):
-        if len(found) != known.L or not torch.isin(torch.as_tensor(found), STATES).all():
-            raise ValueError(f"{method} gives {found}; give {known.L} states of 0, 1, 2 and 4")
-        found = one_plan(torch.as_tensor(found))
-    if not (hasattr(found, "decide") or callable(found)):
-        raise ValueError(f"{method} gives {found!r}; give states, a policy, or a function of the tokens that returns one")
-    return found
-
-
 def to_two_digits(speedup):
     """The least speedup that rounds to this one: 1.67 stands for 5/3."""
     return max(1.0, speedup - 0.005)
@@ -366,6 +354,19 @@ def greedy_path(known, measure, speedup, lower={4: 2, 2: 1, 1: 0}):
 
 # ----------------------------------------------------------------------------------------------------------
 # Comparison
+
+
+def by_name(method, known, speedup):
+    """What a method of this file gives, bare states (L,) as the plan that they are. ValueError where it gives nothing of the kind."""
+    found = globals()[method](known, speedup)
+    if isinstance(found, (list, torch.Tensor)):
+        states = torch.as_tensor(found)
+        if len(states) != known.L or not torch.isin(states, STATES).all():
+            raise ValueError(f"{method} gives {found}; give {known.L} states of 0, 1, 2 and 4")
+        return one_plan(states)
+    if not (hasattr(found, "decide") or callable(found)):
+        raise ValueError(f"{method} gives {found!r}; give states, a policy, or a function of the tokens that returns one")
+    return found
 
 
 def for_tokens(policy, tokens):

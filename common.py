@@ -78,6 +78,15 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
+def lacks_memory(e):
+    """Whether an error says that a GPU's memory is full: PyTorch's, CUDA's, cuBLAS's or Triton's, or one of a compiler or a capture that
+    followed it."""
+    if e is None:
+        return False
+    full = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e)
+    return full or lacks_memory(e.__cause__ or e.__context__)
+
+
 def reason(e):
     """An exception in one line; a KeyError, which says its key alone, as what is not there."""
     return f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
@@ -300,15 +309,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def lacks_memory(e):
-    """Whether an error says that a GPU's memory is full: PyTorch's, CUDA's, cuBLAS's or Triton's, or one of a compiler or a capture that
-    followed it."""
-    if e is None:
-        return False
-    full = isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "CUBLAS_STATUS_ALLOC_FAILED" in str(e)
-    return full or lacks_memory(e.__cause__ or e.__context__)
 
 
 def command_line(main):

@@ -21,7 +21,7 @@ from baselines import bootstrap, compare, floor, for_tokens, profile, public, se
 from charts import draw
 from common import pick_device, read_json, save_result
 from data import load_articles, load_examples, load_text, n_tokens, text_examples, windows
-from infer import generate, has_graphs
+from infer import generate, has_graphs, prompt_ids
 from model import load
 from policy import Fixed, Policy, bit_costs, most_speedup, speedup_bits, state_shares
 from train import LONG, SAMPLES, SAMPLE_TOKENS, calibrate_prices, up_to
@@ -178,8 +178,8 @@ def summaries(model, tokenizer, articles, policies):
         each, states = [], []
         for article in articles:
             prompt, chat = summary_prompt(model, tokenizer, article)
-            ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode_prompt(prompt)
-            routed = for_tokens(policy, torch.zeros(1, len(ids) + SUMMARY, dtype=torch.int64))
+            read = len(prompt_ids(model, tokenizer, prompt, chat))
+            routed = for_tokens(policy, torch.zeros(1, read + SUMMARY, dtype=torch.int64))
             out = generate(model, tokenizer, prompt, routed, SUMMARY, chat=chat)
             each.append(round(score(article["highlights"], out["text"]), 6))
             states.append(out["states"])

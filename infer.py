@@ -479,6 +479,7 @@ def main():
     device = pick_device(args.device)
     policy = None if args.full else Policy.load(args.policy).at(args.speedup, track=True).to(device)
     model, tokenizer = load(args.model, device, torch.bfloat16, routed=not args.full)
+    prompt_ids(model, tokenizer, args.prompt, args.chat)  # to be refused before anything is made ready or printed
     if device.type == "cuda":
         print("compiling for this GPU takes minutes the first time", file=sys.stderr)
     if policy:
@@ -486,7 +487,6 @@ def main():
         model.quantize(real=True, int4=policy.int4)
     else:
         model.ready_to_decode()
-    prompt_ids(model, tokenizer, args.prompt, args.chat)  # refused before anything is printed
     costs = bit_costs(model.config)
     color = sys.stdout and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     options = dict(temperature=args.temperature, seed=args.seed, chat=args.chat, sync=args.sync)

@@ -213,22 +213,32 @@ def test_the_shuffle_finds_a_race(tmp_path):
                 compare(model, random_policy(model, seed, 1), Wrong(model, 200, seed))
 
 
+@torch.inference_mode()
+def step_by_step(model, engine, tokens, start, policy):
+    """Tokens (1, start + n), those from `start` on by the engine -> their logits (n, vocab), and the states (L, n) that made them."""
+    rows, states = [], []
+    engine.wait()
+    engine.cache.length = 0
+    model.hidden(tokens[:, :start].to(model.device), policy, engine.cache)
+    engine.start(policy, start)
+    for token in tokens[0, start:].tolist():
+        _, path = engine.step(token, lambda logits: rows.append(logits.cpu().clone()) or 0)
+        states.append(path)
+    assert not engine.plain
+    return torch.stack(rows), torch.cat(states, 1)
+
+
 @torch.no_grad()
 def test_logits_of_the_engine(tiny):
     """Step by step over the end of a bucket: every logit, next to a parallel pass over the same tokens and states."""
     model, _ = load(str(tiny))
     model.quantize()
-    policy, engine, rows = random_policy(model, 3, 2), Engine(model, 300), []
+    policy = random_policy(model, 3, 2)
     tokens = torch.randint(0, 300, (1, 140))
-    with torch.inference_mode():
-        model.hidden(tokens[:, :100], policy, engine.cache)
-        states = [policy.states[:, 0]]
-        engine.start(policy, 100)
-        for t in range(100, 140):
-            nxt, path = engine.step(int(tokens[0, t]), lambda logits: rows.append(logits.clone()) or 0)
-            states.append(path)
-    want = model(tokens, Fixed(torch.cat(states, 1)[:, None], policy.scale))[0, 100:]
-    assert (torch.stack(rows) - want).abs().max() < 2e-3 * want.abs().max()
+    logits, states = step_by_step(model, Engine(model, 300), tokens, 100, policy)
+    states = torch.cat([policy.states[:, 0], states], 1)  # the prompt's first
+    want = model(tokens, Fixed(states[:, None], policy.scale))[0, 100:]
+    assert (logits - want).abs().max() < 2e-3 * want.abs().max()
 
 
 @torch.no_grad()
@@ -575,20 +585,6 @@ def test_parts_without_keys_add_nothing(monkeypatch):
 # On a GPU
 
 
-@torch.inference_mode()
-def logits_of_steps(model, ids, start, policy):
-    """Logits (n, vocab) fp32 of ids (1, start + n) from `start` on, the engine having been given each."""
-    engine, rows = model.engine, []
-    engine.wait()
-    engine.cache.length = 0
-    model.hidden(ids[:, :start].cuda(), policy, engine.cache)
-    engine.start(policy, start)
-    for t in range(start, ids.shape[1]):
-        engine.step(int(ids[0, t]), lambda logits: rows.append(logits.float().cpu()) or 0)
-    assert not engine.plain
-    return torch.stack(rows)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
 def test_on_a_gpu(tmp_path):
@@ -617,4 +613,4 @@ def test_on_a_gpu(tmp_path):
             for fixed in (Fixed(outs[0]["states"][:, None], policy.scale), None):  # None: all blocks are one graph
                 want = cpu(ids, fixed)[0, start:]
                 for model, accuracy in ((gpu, 0.05), (whole, 0.001)):
-                    assert (logits_of_steps(model, ids, start, fixed) - want).abs().max() < accuracy * want.abs().max()
+                    assert (step_by_step(model, model.engine, ids, start, fixed)[0] - want).abs().max() < accuracy * want.abs().max()
