@@ -104,7 +104,7 @@ class Engine:
         logits    from the graph "head"
 
     The scorer's graph for block i + 1 starts on the decision stream when block i starts on the main one (Eq 19-20). The host
-    waits for that answer's event alone, looks its path up as `Policy.choose` does, and launches the graphs it names; it never
+    waits for that answer's event alone, looks its path up as `Policy.decide` does, and launches the graphs it names; it never
     waits for the main stream but for the token at its end. With a horizon of L that is one answer a token; until it comes, block 2 runs in the
     state of the token before, and again where the plan says another. `sync` runs the scorer on the main stream, before block i.
 

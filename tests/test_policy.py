@@ -1,5 +1,6 @@
 """Every equation against numbers worked out by hand."""
 
+import itertools
 import json
 import math
 
@@ -228,8 +229,8 @@ def test_fixed_states_follow_positions():
     given = torch.tensor([[[4, 4, 4]], [[0, 1, 2]]])
     fixed = Fixed(given)
     fixed.states = torch.full((2, 1, 1), 4, dtype=torch.uint8)
-    fixed.decide(1, torch.zeros(1, 1, 8), start=2)
-    assert fixed.states[1].item() == 2
+    fixed.decide(0, torch.zeros(1, 1, 8), start=2)
+    assert fixed.states.flatten().tolist() == [4, 2]
 
 
 def test_static_plan_by_hand():
@@ -284,6 +285,32 @@ def test_states_given_beforehand_are_states_and_reach_as_far_as_they_do():
     assert policy.window(1, 4).shape == (2, 1, 4)
     with pytest.raises(ValueError, match="5 positions, and 6"):
         policy.window(2, 4)
+    with pytest.raises(ValueError, match="3 blocks have states and 2 a scale"):
+        P.Fixed([4, 4, 4], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("lam, allowed", [(0.0, (0, 1, 2, 4)), (0.3, (0, 1, 2, 4)), (0.3, (0, 4)), (0.0, (1, 2))])
+@torch.no_grad()
+def test_single_tokens_are_decided_as_all_are(lam, allowed):
+    """`OneToken` against the scorer, after any state, from the first position on, and for a price that changes."""
+    torch.manual_seed(0)
+    L, d, met = 6, 24, set()
+    scorer = P.Scorer(L, d, lam, width=16)
+    for t in (scorer.mean, scorer.gain, scorer.shift, scorer.third.weight, scorer.bias):
+        t.normal_()
+    scorer.std.uniform_(0.5, 2)
+    for horizon in (0, 1, 2, 6):
+        policy = P.Policy(scorer, [1.0] * L, COSTS, "", horizon=horizon, allowed=allowed)
+        for start, i, mu in itertools.product((0, 1, 300), range(L), (0.1, 1.0)):
+            policy.mu = mu
+            x, blocks = 10 * torch.randn(1, 1, d), P.plan(i, L, horizon)
+            if blocks:
+                policy.states = P.STATES[torch.randint(4, (L, 1, 1))].to(torch.uint8)
+                want = policy.choose(scorer(scorer.features(x, start), blocks), policy.states[blocks[0] - 1])
+                policy.decide(i, x, start)
+                assert torch.equal(policy.states[blocks[0] : blocks[-1] + 1], want)
+                met |= set(want.flatten().tolist())
+    assert met == set(allowed)
 
 
 def test_a_price_beyond_the_calibrated_ones():
