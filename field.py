@@ -181,12 +181,20 @@ def merge(blocks, i, n):
     return [*blocks[:i], block, *blocks[i + 1 + n :]]
 
 
+def merged(model, merges):
+    """The model after `merge` with every (i, n) in turn."""
+    blocks = list(model.blocks)
+    for i, n in merges:
+        blocks = merge(blocks, i, n)
+    return with_blocks(model, blocks)
+
+
 def laco(model, samples, n):
-    """LaCo (arXiv 2402.11187): from the top down, merge blocks while the last hidden state of `samples` stays similar -> the shorter model.
+    """LaCo (arXiv 2402.11187): from the top down, merge blocks while the last hidden state of `samples` stays similar -> the merges, [(i, n)].
 
     Its threshold is lowered, 0.05 at a time, until n blocks are gone (ours; theirs is set by hand).
     """
-    blocks = list(model.blocks)
+    blocks, merges = list(model.blocks), []
     wanted = model.hidden(samples)
     threshold = 0.95
     bar = tqdm(total=n, desc="LaCo, blocks merged")
@@ -198,6 +206,7 @@ def laco(model, samples, n):
             trial = merge(blocks, i, fewer)
             if F.cosine_similarity(with_blocks(model, trial).hidden(samples), wanted, dim=-1).mean() > threshold:
                 blocks = trial
+                merges.append((i, fewer))
                 bar.update(fewer)
                 i = min(i - STRIDE, len(blocks) - MERGED)
             else:
@@ -206,7 +215,7 @@ def laco(model, samples, n):
         if threshold < -1:
             raise ValueError(f"{model.name}: LaCo finds no blocks to merge; a model of this depth can't lose {n}")
     bar.close()
-    return with_blocks(model, blocks)
+    return merges
 
 
 @torch.no_grad()
@@ -216,7 +225,7 @@ def retain(args):
         rouge()  # not installed, or below a file that is missing: say so before an hour's work
     for task in tasks:
         load_text(*source(args, task, "train")), load_text(*source(args, task, "test"), task not in TEXTS)
-    rows, n_of, used = [], {}, []
+    rows, n_of, used, merges = [], {}, [], {}
     for task in tasks:
         model = None  # of the last task: a GPU may not have room for two
         default = 2 if task in TEXTS else 12
@@ -239,9 +248,10 @@ def retain(args):
             ways += [({"flexidepth": "FlexiDepth", "mindskip": "MindSkip"}[r.kind], n, r) for r in there if r.settings["skip"] == n]
             ways += [("DASH", n, dash)] if dash else []
         found = [(method, n, r) for (method, n, _), r in zip(ways, measure(model, [p for *_, p in ways]))]
-        pydocs = windows(tokenizer, load_text("pydocs", "train"), 2, 128, spread=True).to(model.device)
         for n in asked:
-            found += [("LaCo", n, r | {"speedup": L / (L - n)}) for r in measure(laco(model, pydocs, n), [None])]
+            if n not in merges:  # the same for all tasks
+                merges[n] = laco(model, windows(tokenizer, load_text("pydocs", "train"), 2, 128, spread=True).to(model.device), n)
+            found += [("LaCo", n, r | {"speedup": L / (L - n)}) for r in measure(merged(model, merges[n]), [None])]
         key, statistic = METRICS[metric]
         full = torch.tensor(found[0][2]["each"][key], dtype=torch.float64)
         whole = statistic(full).item()

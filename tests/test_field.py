@@ -63,7 +63,7 @@ def test_laco_merges_what_does_nothing_first(made):
         for name, p in block.named_parameters():
             p.zero_()
     other, tokens = field.with_blocks(model, idle), torch.randint(0, 300, (1, 16))
-    short = field.laco(other, tokens, 3)
+    short = field.merged(other, field.laco(other, tokens, 3))
     assert len(short.blocks) == short.config.n_layer == 5 and len(other.blocks) == 8
     assert torch.allclose(short(tokens), other(tokens), atol=1e-5)
 
