@@ -24,6 +24,7 @@ by block, and e(s), e(s') as a bias of the output, looked up by block and state:
 The guess h_i ~ a_i h_{i-1} of Eq 19 needs no arithmetic: the scorer normalises its input and a_i cancels.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ class OneToken:
     @torch.inference_mode(False)  # generation may come first, and whoever trains must be able to use it too
     @torch.no_grad()
     def __init__(self, scorer, allowed):
-        d, gain = scorer.mean.numel(), scorer.gain.detach()
+        d = scorer.mean.numel()
         self.allowed = allowed
         self.spread, self.center = scorer.std / math.sqrt(d), -scorer.mean / scorer.std
         first, positions = scorer.first.weight.T.contiguous().split([d, 2])
@@ -237,16 +238,15 @@ class OneToken:
         self.bias = [scorer.first.bias.clone(), scorer.first.bias + positions[0]]  # at all positions but the first, and there
         self.second, self.second_bias = scorer.second.weight.T.contiguous(), scorer.second.bias.clone()
         self.third = scorer.third.weight.T.repeat(1, 4)  # s and s' side by side, 16
-        never = scorer.never.masked_fill(~torch.isin(STATES, torch.tensor(allowed)).to(gain.device), -math.inf)
+        never = scorer.never.masked_fill(~torch.isin(STATES, torch.tensor(allowed)).to(scorer.never.device), -math.inf)
         static = scorer.bias.where(scorer.sign < 0, -math.inf).where(never == 0, math.inf).flatten(1)  # none in state 4, endless where not allowed
-        self.of_all, self.of_blocks = (gain, scorer.shift.detach(), static), {}
+        tables = scorer.gain.detach(), scorer.shift.detach(), static
+        self.of_blocks = functools.cache(lambda blocks: [t[blocks[0] : blocks[-1] + 1] for t in tables])
         self.smooth = scorer.lam * scorer.smooth if scorer.lam else None
 
     def __call__(self, x, start, blocks, mu, costs):
         """x (1, 1, C) at position `start`, a range of blocks, costs (4,) -> for each block and each s the best s', indices, a list of lists."""
-        if blocks not in self.of_blocks:
-            self.of_blocks[blocks] = [t[blocks[0] : blocks[-1] + 1] for t in self.of_all]
-        gain, shift, static = self.of_blocks[blocks]
+        gain, shift, static = self.of_blocks(blocks)
         x = x.view(1, -1).float()
         norm = torch.linalg.vector_norm(x).item() + 1e-6
         x = torch.addcdiv(self.center, x, self.spread, value=1 / norm).clamp_(-Scorer.CLAMP, Scorer.CLAMP)
