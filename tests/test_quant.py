@@ -164,6 +164,22 @@ def test_a_prompt_keeps_its_bias_where_bf16_is_emulated(monkeypatch):
     assert torch.allclose(product(x, w, b).float(), F.linear(x.float(), w.float(), b.float()), rtol=0.01, atol=0.1)
 
 
+@pytest.mark.parametrize("N, K", [(1, 1), (5, 13), (192, 64), (100, 577), (3072, 576)])
+def test_one_row_goes_without_onednn(monkeypatch, N, K):
+    linear, seen = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or linear(*args))
+    w, b = torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
+    for rows in (1, 3):
+        x = torch.randn(rows, K).bfloat16()
+        for bias in (None, b):
+            want = linear(x.float(), w.float(), None if bias is None else bias.float())
+            assert torch.allclose(product(x, w, bias).float(), want, rtol=0.01, atol=0.01 * K**0.5)
+    assert seen == [False, False, True, True] and torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError):
+        product(torch.randn(1, K + 1).bfloat16(), w)
+    assert torch.backends.mkldnn.enabled
+
+
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
 def test_scales_and_zeros_are_bf16_numbers(quantize):
     assert all(torch.equal(t, t.bfloat16().float()) for t in quantize(torch.randn(8, 100))[1:])
