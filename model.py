@@ -105,10 +105,9 @@ class KVCache:
     def store(self, k, v, i):
         """Append keys and values (B, T, n_kv_head, D) of block i; returns all that may be attended to, and no mask. (`hidden` moves
         `length` on.)"""
-        end = self.length + k.shape[1]
-        self.k[i, :, self.length : end] = k
-        self.v[i, :, self.length : end] = v
-        return self.k[i, :, :end], self.v[i, :, :end], None
+        slots = self.kv[i, :, : self.length + k.shape[1]]
+        slots[:, self.length :] = torch.cat([k, v], 2)
+        return *slots.chunk(2, dim=2), None
 
 
 def by_state(state):
@@ -234,11 +233,11 @@ class Block(nn.Module):
             return skip(scale, x)
         qkv = run(groups if kv.fill else executed, self.project, self.q_size + 2 * self.kv_size, source)
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
-        qk, v = qkv[:, :, : -c.n_kv_head], qkv[:, :, -c.n_kv_head :]
+        qk, v = qkv.tensor_split([-c.n_kv_head], dim=2)  # half the time of two slices
         if c.qk_norm:
             qk = torch.cat([self.q_norm(qk[:, :, : c.n_head]), self.k_norm(qk[:, :, c.n_head :])], dim=2)
         qk = rotate(qk, rope)
-        q, k = qk[:, :, : c.n_head], qk[:, :, c.n_head :]
+        q, k = qk.tensor_split([c.n_head], dim=2)
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)
         y = self.attend(q, k, v, mask if kv.seen is None else kv.seen)
         return run(groups, lambda s, y, x: self.o(y, s, residual=x) if s else skip(scale, x), x.shape[1], y, x)

@@ -260,10 +260,10 @@ def product(x, weight, bias=None):
     speed of PyTorch's own kernel; many rows, a prompt, in fp32 where bf16 is emulated, 6 times faster."""
     if x.dtype != torch.bfloat16 or x.is_cuda or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if AVX2 and len(x) >= MANY:
+    if AVX2 and x.shape[0] >= MANY:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     was = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = was and len(x) > 1
+    torch.backends.mkldnn.enabled = was and x.shape[0] > 1
     try:
         return F.linear(x, weight, bias)
     finally:
@@ -335,7 +335,7 @@ class Int8Weight:
     def __call__(self, x):
         if self.kernel == "reference":
             return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
-        if self.kernel == "int8pack" and len(x) < MANY:
+        if self.kernel == "int8pack" and x.shape[0] < MANY:
             return torch._weight_int8pack_mm(x, self.codes, self.scale)
         if self.kernel == "int8 bag" and len(x) < MANY:
             y = bag_row(x, self.codes, self.N) if len(x) == 1 else torch.cat([bag_row(row, self.codes, self.N) for row in x.split(1)])
@@ -426,7 +426,7 @@ class Int4Weight:
         return dequantize_int4(unpack_nibbles(packed, self.K), *scale_zero)
 
     def __call__(self, x):
-        if self.kernel == "int4pack" and (len(x) < MANY_INT4 or not self.lanes):
+        if self.kernel == "int4pack" and (x.shape[0] < MANY_INT4 or not self.lanes):  # len(x), which is Python, would take three times as long
             return torch._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_zero)
         if self.kernel == "int4 compiled" and len(x) == 1 or self.kernel.startswith("int4 aten") and len(x) < MANY_INT4:
             return row_product(self.kernel, x, self.tensors(), self.N)
@@ -591,7 +591,7 @@ class RoutedLinear(nn.Module):
         silu(first half) * second half. State "fill": only the rows from `fill_from` on, in INT4, keys and values for tokens that skip the block."""
         low = None if state == 4 else self.low[state]
         kernel = self.kernel if low is None else getattr(low, "kernel", "reference")
-        if len(x) == 1 and kernel.endswith("compiled"):
+        if kernel.endswith("compiled") and len(x) == 1:
             if low is not None and norm is not None:  # codes are read so fast that there is no time to sum the squares again (results/NOTES.md)
                 x, norm = norm(x), None
             tensors, N = ([self.weight], len(self.weight)) if low is None else (low.tensors(), low.N)
