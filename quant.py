@@ -253,21 +253,22 @@ class FakeWeight:
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack, and `product` takes fp32 (measured, results/NOTES.md)
 MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernels (measured on a GPU and on CPUs, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
+ONEDNN = torch.backends.mkldnn.enabled  # whether PyTorch may take it
 
 
 def product(x, weight, bias=None):
-    """F.linear, on a CPU in bf16 by the faster way (measured, results/NOTES.md): one row without oneDNN, which reads weights for it at half the
+    """F.linear, on a CPU in bf16 by the faster way (measured, results/NOTES.md): one row without oneDNN, which reads weights for it at 0.6 times the
     speed of PyTorch's own kernel; many rows, a prompt, in fp32 where bf16 is emulated, 6 times faster."""
-    if x.dtype != torch.bfloat16 or x.is_cuda or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    if AVX2 and x.shape[0] >= MANY:
+    bf16 = x.dtype == torch.bfloat16 and not x.is_cuda and not torch.compiler.is_compiling()
+    if bf16 and AVX2 and x.shape[0] >= MANY:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    was = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = was and x.shape[0] > 1
+    if not bf16 or x.shape[0] > 1:
+        return F.linear(x, weight, bias)
+    torch.backends.mkldnn.enabled = False
     try:
         return F.linear(x, weight, bias)
     finally:
-        torch.backends.mkldnn.enabled = was
+        torch.backends.mkldnn.enabled = ONEDNN  # not what it was a moment ago: another thread may be in here
 
 
 LANES = 96  # outputs side by side in a table of `bag_row`: their sums fill 12 of AVX2's 16 registers
