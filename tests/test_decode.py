@@ -65,7 +65,8 @@ def test_routed_model_with_fake_and_with_packed_weights(smollm2, bf16):
         # both are as far from fp32 as bf16 is, and no further from each other
         rounding = (exact.exp() * (exact - want)).sum(-1).mean()
         apart = (want.exp() * (want - got)).sum(-1).mean()
-        assert apart < 2 * rounding + 1e-3 and (want.argmax(-1) == got.argmax(-1)).float().mean() > 0.85
+        lost = want.amax(-1) - want.gather(-1, got.argmax(-1, keepdim=True))[..., 0]  # where they choose another token, it is as likely
+        assert apart < 2 * rounding + 1e-3 and lost.max() < 0.25
 
 
 @torch.no_grad()
