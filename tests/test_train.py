@@ -430,7 +430,7 @@ def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
     close, far = labels.split([sum(e.lengths) for e in examples])
     raw = [fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(examples)]
     assert close.mean() == pytest.approx(far.mean().item(), rel=1e-4) and not raw[0].mean() == pytest.approx(raw[1].mean().item(), rel=0.5)
-    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean())
+    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean(), rtol=1e-3)
     texts = text_examples(torch.randint(0, 300, (2, 20)))
     drawn = torch.cat([fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(texts)])
     wanted = fisher.SHARE * drawn.mean(0) + (1 - fisher.SHARE) * drawn
