@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import lacks_memory, read_safetensors, refusing
-from quant import CHOSEN, GROUP, MANY_INT4, ROW_KERNELS, Int8Weight, RoutedLinear, quantize_int8, read_codes
+from quant import CHOSEN, GROUP, MANY_INT4, ROW_KERNELS, Int8Weight, RoutedLinear, product, quantize_int8, read_codes
 from weights import GGUF, WHEEL, cache_folder, fetch_from_hub, fetch_smollm2, our_names, read_gguf, read_hf
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention would make a plan, 30 ms, for every length of a prompt and of the cache
@@ -80,7 +80,7 @@ def rotate(x, rope):
 
 
 class KVCache:
-    """Keys and values of every block, preallocated: k and v are (L, B, size, n_kv_head, head_dim), views of one tensor, kv.
+    """Keys and values of every block, preallocated: kv (L, B, size, 2 n_kv_head, head_dim), the keys before the values.
 
     `length` positions are filled. Every block has written every position: a skipped token fills its keys and values. Under a
     policy with kv "none" it does not; then `written` (L, B, size) bool says which positions may be attended to.
@@ -88,9 +88,8 @@ class KVCache:
 
     def __init__(self, model, batch, size):
         c, weight = model.config, model.embed.weight
-        # side by side, so that a GPU stores both at once
+        # side by side, so that both are stored at once
         self.kv = torch.zeros(c.n_layer, batch, size, 2 * c.n_kv_head, c.head_dim, dtype=weight.dtype, device=weight.device)
-        self.k, self.v = self.kv.chunk(2, dim=3)
         self.length = 0
         self.written = None
 
@@ -98,7 +97,7 @@ class KVCache:
         """Note which of T new positions write keys and values in block i: ran True or (B, T) bool -> all that are written, (B, S)."""
         end = self.length + T
         if self.written is None:
-            self.written = torch.ones(self.k.shape[:3], dtype=torch.bool, device=self.k.device)
+            self.written = torch.ones(self.kv.shape[:3], dtype=torch.bool, device=self.kv.device)
         self.written[i, :, self.length : end] = ran
         return self.written[i, :, :end]
 
@@ -198,7 +197,7 @@ class Block(nn.Module):
     def project(self, s, x):
         return self.qkv(x, s, norm=self.norm1) if s else F.pad(self.qkv(x, "fill", norm=self.norm1), (self.q_size, 0))
 
-    def attend(self, q, k, v, mask=None):
+    def attend(self, q, k, v, mask):
         """Causal attention: q (B, T, n_head, D), k and v (B, S, n_kv_head, D), q the last T of S positions -> (B * T, n_head * D).
 
         mask: None, or which positions may be attended to: (B, 1, 1, S) bool, or for one token `ends` and `starts` of `attend_in_parts`.
@@ -346,7 +345,7 @@ class LLM(nn.Module):
 
     def logits(self, hidden):
         """The head of generation: (n, C) -> (n, vocab) fp32; the same for the full and the routed model."""
-        return (self.head if self.head_int8 is None else self.head_int8)(hidden).float()
+        return (product(hidden, self.head.weight) if self.head_int8 is None else self.head_int8(hidden)).float()
 
     def rope(self, start, T):
         """cos and signed sin (T, 1, head_dim) of positions start..start+T-1, in the model's dtype, computed in fp32."""
@@ -372,8 +371,8 @@ class LLM(nn.Module):
         context = self.config.block_size
         if start + T > context:
             raise ValueError(f"{start + T} tokens are more than this model's context of {context}")
-        if cache and start + T > cache.k.shape[2]:
-            raise ValueError(f"{start + T} tokens are more than this cache has room for, {cache.k.shape[2]}")
+        if cache and start + T > cache.kv.shape[2]:
+            raise ValueError(f"{start + T} tokens are more than this cache has room for, {cache.kv.shape[2]}")
         if policy is not None:
             if len(policy.scale) not in (len(self.blocks), 2 * len(self.blocks)):
                 raise ValueError(f"this policy decides {len(policy.scale)} blocks or halves, and this model has {len(self.blocks)} blocks")

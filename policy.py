@@ -38,7 +38,7 @@ from common import device_name, read_safetensors, refusing, write_safetensors
 
 STATES = torch.tensor([0, 1, 2, 4])  # index -> state
 INDEX = torch.tensor([0, 1, 2, -1, 3])  # state -> index
-STATE_OF, INDEX_OF = STATES.tolist(), INDEX.tolist()  # the same for single tokens
+STATE_OF, INDEX_OF = STATES.tolist(), INDEX.tolist()  # the same as lists
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def latency_costs(path, device, fingerprint, horizon):
         decided = result.get("policy", {}).get("horizon")
         table = result["latency_ms"]
         unit = table["4"] / 4
-        costs = torch.tensor([table[str(int(s))] / unit for s in STATES])
+        costs = torch.tensor([table[str(s)] / unit for s in STATE_OF])
         overhead = (table.get("full_overhead", table["overhead"]) / unit, (table["overhead"] + table["decision"]) / unit)
         if not costs.isfinite().all() or not (costs > 0).all():
             raise ValueError("times are not positive")
@@ -118,7 +118,7 @@ def most_speedup(n_layer, costs, overhead=(0.0, 0.0)):
 def state_shares(states):
     """states of any shape -> {"0": share, "1": ..., "2": ..., "4": ...}."""
     counts = torch.bincount(INDEX[states.long().cpu()].flatten(), minlength=4).tolist()
-    return {str(int(s)): n / states.numel() for s, n in zip(STATES, counts)}
+    return {str(s): n / states.numel() for s, n in zip(STATE_OF, counts)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class Scorer(nn.Module):
     handful of small operators, however many blocks it covers: the first layer is shared, the second is shifted and scaled for each block.
     With lam = 0, labels (fisher.py), which do not know s, leave q the same for all s; the policy gradient does not.
 
-    Others use `features`, `of_blocks`, `log_damage`, `q`, and the tensors mean, std and bias; `Policy.load` makes one of the width of a file.
+    `OneToken` repeats this arithmetic for single tokens from all its tensors, and `Policy.load` makes one of the width of a file: change all three.
     """
 
     CLAMP, DROPOUT = 5.0, 0.1
@@ -231,7 +231,7 @@ class OneToken:
     @torch.no_grad()
     def __init__(self, scorer, allowed):
         d = scorer.mean.numel()
-        self.allowed = allowed
+        self.scorer, self.allowed = scorer, allowed
         self.spread, self.center = scorer.std / math.sqrt(d), -scorer.mean / scorer.std
         first, positions = scorer.first.weight.T.contiguous().split([d, 2])
         self.first, self.later = first, positions[1]
@@ -240,7 +240,7 @@ class OneToken:
         self.third = scorer.third.weight.T.repeat(1, 4)  # s and s' side by side, 16
         never = scorer.never.masked_fill(~torch.isin(STATES, torch.tensor(allowed)).to(scorer.never.device), -math.inf)
         static = scorer.bias.where(scorer.sign < 0, -math.inf).where(never == 0, math.inf).flatten(1)  # none in state 4, endless where not allowed
-        tables = scorer.gain.detach(), scorer.shift.detach(), static
+        tables = scorer.gain.clone(), scorer.shift.clone(), static
         self.of_blocks = functools.cache(lambda blocks: [t[blocks[0] : blocks[-1] + 1] for t in tables])
         self.smooth = scorer.lam * scorer.smooth if scorer.lam else None
 
@@ -443,9 +443,10 @@ class Policy:
             return
         before = self.states[blocks[0] - 1]
         if before.numel() == 1 and self.tau is None and isinstance(self.mu, float):  # decoding
-            if self.one_token is None or self.one_token.allowed != self.allowed:
-                self.one_token = OneToken(self.scorer, self.allowed)
-            best = self.one_token(x, start, blocks, self.mu, self.costs)
+            one = self.one_token
+            if one is None or one.scorer is not self.scorer or one.allowed != self.allowed:
+                one = self.one_token = OneToken(self.scorer, self.allowed)
+            best = one(x, start, blocks, self.mu, self.costs)
             chosen = torch.tensor(walk(best, int(before)), dtype=torch.uint8)[:, None, None]
         else:
             with torch.no_grad():
@@ -461,12 +462,10 @@ class Policy:
         """
         q = self.priced(table)
         best = q.argmax(-1) if self.tau is None else sample(q, self.tau, self.generator)  # (B, T, g, 4)
-        s = INDEX.to(table.device)[before.long()]
-        chosen = []
+        path = [INDEX.to(table.device)[before.long()]]
         for n in range(table.shape[2]):
-            s = best[:, :, n].gather(2, s[..., None])[..., 0]
-            chosen.append(s)
-        return STATES.to(table.device)[torch.stack(chosen)].to(torch.uint8)
+            path.append(best[:, :, n].gather(2, path[-1][..., None])[..., 0])
+        return STATES.to(table.device)[torch.stack(path[1:])].to(torch.uint8)
 
     def priced(self, table):
         """q - mu cost for (B, T, g, ..., 4); -inf for what is not allowed. ValueError before there is a price."""

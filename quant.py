@@ -253,22 +253,21 @@ class FakeWeight:
 MANY = 24  # rows from which a product with the codes in bf16 beats int8pack, and `product` takes fp32 (measured, results/NOTES.md)
 MANY_INT4 = 144  # rows from which dequantising beats aten's INT4 kernels (measured on a GPU and on CPUs, results/NOTES.md)
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 CPU whose bf16 products are emulated
-ONEDNN = torch.backends.mkldnn.enabled  # whether PyTorch may take it
 
 
 def product(x, weight, bias=None):
     """F.linear, on a CPU in bf16 by the faster way (measured, results/NOTES.md): one row without oneDNN, which reads weights for it at 0.6 times the
     speed of PyTorch's own kernel; many rows, a prompt, in fp32 where bf16 is emulated, 6 times faster."""
-    bf16 = x.dtype == torch.bfloat16 and not x.is_cuda and not torch.compiler.is_compiling()
+    bf16 = x.dtype == torch.bfloat16 and not x.is_cuda and not torch.compiler.is_compiling()  # which may not switch oneDNN off
     if bf16 and AVX2 and x.shape[0] >= MANY:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if not bf16 or x.shape[0] > 1:
+    if not bf16 or x.shape[0] > 1 or not torch.backends.mkldnn.enabled:  # off: by the user, or by another thread that is in here
         return F.linear(x, weight, bias)
     torch.backends.mkldnn.enabled = False
     try:
         return F.linear(x, weight, bias)
     finally:
-        torch.backends.mkldnn.enabled = ONEDNN  # not what it was a moment ago: another thread may be in here
+        torch.backends.mkldnn.enabled = True
 
 
 LANES = 96  # outputs side by side in a table of `bag_row`: their sums fill 12 of AVX2's 16 registers
@@ -335,7 +334,7 @@ class Int8Weight:
 
     def __call__(self, x):
         if self.kernel == "reference":
-            return F.linear(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
+            return product(x, dequantize_int8(self.codes, self.scale).to(x.dtype))
         if self.kernel == "int8pack" and x.shape[0] < MANY:
             return torch._weight_int8pack_mm(x, self.codes, self.scale)
         if self.kernel == "int8 bag" and len(x) < MANY:

@@ -300,7 +300,9 @@ def test_single_tokens_are_decided_as_all_are(lam, allowed):
         t.normal_()
     scorer.std.uniform_(0.5, 2)
     for horizon in (0, 1, 2, 6):
-        policy = P.Policy(scorer, [1.0] * L, COSTS, "", horizon=horizon, allowed=allowed)
+        policy = P.Policy(P.Scorer(L, d, lam), [1.0] * L, COSTS, "", horizon=horizon, mu=0.1, states=torch.full((L, 1, 1), 4), allowed=allowed)
+        policy.decide(1, torch.ones(1, 1, d), 1)
+        policy.scorer = scorer  # what was prepared for the other one is not used
         for start, i, mu in itertools.product((0, 1, 300), range(L), (0.1, 1.0)):
             policy.mu = mu
             x, blocks = 10 * torch.randn(1, 1, d), P.plan(i, L, horizon)

@@ -178,6 +178,9 @@ def test_one_row_goes_without_onednn(monkeypatch, N, K):
     with pytest.raises(RuntimeError):
         product(torch.randn(1, K + 1).bfloat16(), w)
     assert torch.backends.mkldnn.enabled
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # by the user
+    product(torch.randn(1, K).bfloat16(), w)
+    assert not torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])

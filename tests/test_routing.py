@@ -85,7 +85,7 @@ def test_every_state_does_what_it_says(tiny):
     embedded = model.blocks[0](model.embed(tokens)[0], 1, [(4, None)], 1.0, rope)
     h = block.norm1(embedded)
     for t, s in enumerate(mixed[0].tolist()):
-        assert torch.allclose(cache.v[1, 0, t].flatten(), block.qkv(h, s or 1)[t, -block.kv_size :], atol=1e-5)
+        assert torch.allclose(cache.kv[1, 0, t].flatten()[-block.kv_size :], block.qkv(h, s or 1)[t, -block.kv_size :], atol=1e-5)
 
 
 @torch.no_grad()
