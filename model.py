@@ -234,7 +234,8 @@ class Block(nn.Module):
         qkv = qkv.view(B, -1, c.n_head + 2 * c.n_kv_head, c.head_dim)
         qk, v = qkv.tensor_split([-c.n_kv_head], dim=2)  # half the time of two slices
         if c.qk_norm:
-            qk = torch.cat([self.q_norm(qk[:, :, : c.n_head]), self.k_norm(qk[:, :, c.n_head :])], dim=2)
+            q, k = qk.tensor_split([c.n_head], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         qk = rotate(qk, rope)
         q, k = qk.tensor_split([c.n_head], dim=2)
         k, v, mask = cache.store(k, v, i) if cache else (k, v, None)

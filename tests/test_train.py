@@ -423,18 +423,19 @@ def test_items_count_alike_and_text_does_not(tiny, tmp_path, monkeypatch):
     items = [{"question": "What sat on the mat?", "choices": choices, "answer": 0} for choices in (["the cat ate", "the dog sat"], ["cat", "2024 hats"])]
     examples = item_examples(tokenizer, items, 512, "cpu")
     labels = learned(model, tmp_path, monkeypatch, examples)[0]
-    own = lambda labels: (labels[..., 1:] - fisher.SHARE * labels[..., 1:].mean(0)) / (1 - fisher.SHARE)  # without a token's share of the mean
-    skip, labels = labels[:, :2, 0], own(labels)
+    skip, shared = labels[:, :2, 0], labels[..., 1:]
+    share = lambda drawn: fisher.SHARE * drawn.mean(0) + (1 - fisher.SHARE) * drawn  # a token's own and its part of the mean
+    labels = (shared - fisher.SHARE * shared.mean(0)) / (1 - fisher.SHARE)  # without that
     measured = baselines.sensitivities(model, examples, [1.0] * 4, states=[0])[1:3, 0]
     assert torch.allclose(skip.mean(0), measured, rtol=1e-3) and (skip.amax(0) > 2 * skip.amin(0)).all()  # each token's own
     close, far = labels.split([sum(e.lengths) for e in examples])
     raw = [fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(examples)]
     assert close.mean() == pytest.approx(far.mean().item(), rel=1e-4) and not raw[0].mean() == pytest.approx(raw[1].mean().item(), rel=0.5)
-    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(close / close.mean(), raw[0] / raw[0].mean(), rtol=1e-3)
+    alike = torch.cat([each / each.mean() for each in raw]) * torch.cat(raw).mean()
+    assert labels.mean() == pytest.approx(torch.cat(raw).mean().item(), rel=1e-4) and torch.allclose(shared, share(alike), rtol=1e-5, atol=0)
     texts = text_examples(torch.randint(0, 300, (2, 20)))
     drawn = torch.cat([fisher.fisher_labels(model, e, [1.0] * 4, torch.Generator().manual_seed(n))[0][..., 1:] for n, e in enumerate(texts)])
-    wanted = fisher.SHARE * drawn.mean(0) + (1 - fisher.SHARE) * drawn
-    assert torch.allclose(learned(model, tmp_path, monkeypatch, texts)[0][..., 1:], wanted, rtol=1e-5, atol=0)
+    assert torch.allclose(learned(model, tmp_path, monkeypatch, texts)[0][..., 1:], share(drawn), rtol=1e-5, atol=0)
 
 
 def test_each_block_learns_its_own_labels():
